@@ -1,0 +1,64 @@
+"""The resolved configuration: what runs. Torch-free and msgspec-encodable, so every process gets the parent's decision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Selection(msgspec.Struct, frozen=True, kw_only=True):
+    """One resolved part.
+
+    Attributes:
+        name: as registered.
+        target: ``"package.module:Attribute"`` to import.
+        distribution, version: who brings it.
+        why: why it was chosen, in words.
+    """
+
+    name: str
+    target: str
+    distribution: str
+    version: str
+    why: str
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine runs. Made by :func:`dovetail.resolver.resolve` alone.
+
+    Attributes:
+        model_path: local folder of the checkpoint.
+        model_name: what the user typed, or the demo's name.
+        hf_config: config.json.
+        dtype, kv_dtype: torch dtype names, e.g. ``"bfloat16"``.
+        vocab_size: rows of the output head.
+        eos_token_ids: from generation_config.json, else config.json.
+        kv_cache_memory: bytes, or None for the default rule.
+        spec_options: the speculator's own section; ``num_speculative_tokens`` is 0 without a speculator.
+    """
+
+    model_path: str
+    model_name: str
+    hf_config: dict[str, Any]
+    model: Selection
+    platform: Selection
+    attention: Selection
+    quant: Selection
+    spec_decoder: Selection | None
+    dtype: str
+    kv_dtype: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    kv_cache_memory: int | None
+    enable_prefix_caching: bool
+    enable_chunked_prefill: bool
+    scheduling_policy: str
+    seed: int
+    num_threads: int | None
+    num_speculative_tokens: int = 0
+    spec_options: dict[str, Any] = {}

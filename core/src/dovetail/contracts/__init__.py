@@ -1,0 +1,17 @@
+"""The contracts: what a plugin implements. One file each, at most ten methods, dataclasses in and out.
+
+Dimension letters in tensor names: T tokens of a step, R requests of a step, S rows that need logits, D model width,
+H query heads, N key/value heads, K head size, F feed-forward width, V vocabulary, B blocks, P tokens per block,
+O output features, I input features.
+"""
+
+API_VERSIONS = {
+    "platform": 1,
+    "ops": 1,
+    "attention": 1,
+    "model": 1,
+    "quant": 1,
+    "specdec": 1,
+    "executor": 1,
+}
+"""The version of each contract that this core speaks."""

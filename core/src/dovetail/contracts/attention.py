@@ -1,0 +1,105 @@
+"""AttentionBackend: the layout of the KV cache, and attention over it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.contracts.ops import OpTable
+
+KVCache = Any
+"""One layer's cache, in the backend's own layout. The core never looks inside."""
+
+Metadata = Any
+"""What the backend precomputes once per step and KV group, shared by that group's layers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionSpec:
+    """One attention layer's shape and behaviour.
+
+    Attributes:
+        num_heads, num_kv_heads: query heads and key/value heads; the former is a multiple of the latter.
+        head_size: elements per head.
+        scale: factor on q·k before the softmax.
+        window: each query sees itself and the ``window - 1`` tokens before it; None sees everything before.
+        soft_cap: logits become ``cap × tanh(logits / cap)``; None leaves them.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class StepTensors:
+    """One step's tables, on the device. A ragged batch: any mix of prefill chunks, decodes and draft verification.
+
+    Attributes:
+        token_ids_T: int64 tokens to compute.
+        positions_T: int64 position of each token in its request.
+        query_start_R1: int32 ``[R + 1]``: request r computes tokens ``query_start[r] : query_start[r + 1]``.
+        seq_lens_R: int32 tokens of each request after this step; its last query token sits at ``seq_len - 1``.
+        block_tables: per KV group, int32 ``[R, B]``: block of each page; ``NULL_BLOCK`` where there is none.
+        slot_mapping: per KV group, int64 ``[T]``: ``block × block_size + offset`` where each token's KV is stored.
+            Padding tokens point into ``NULL_BLOCK``.
+        logits_rows_S: int64 rows of the hidden states that need logits.
+        max_query_len, max_seq_len: host integers, at least the largest of the step.
+
+    Padding requests have no tokens (equal starts) and ``seq_len`` 0.
+    """
+
+    token_ids_T: Tensor
+    positions_T: Tensor
+    query_start_R1: Tensor
+    seq_lens_R: Tensor
+    block_tables: Sequence[Tensor]
+    slot_mapping: Sequence[Tensor]
+    logits_rows_S: Tensor
+    max_query_len: int
+    max_seq_len: int
+
+
+class AttentionBackend(ABC):
+    """Attention of one engine. The manifest declares what it supports; the resolver has checked it before."""
+
+    @abstractmethod
+    def __init__(self, *, ops: OpTable, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, block_size: int) -> None:
+        """Prepare for activations of ``dtype`` and a cache of ``kv_dtype`` with ``block_size`` tokens per block.
+
+        Raises:
+            ConfigError: the combination cannot run here; the message says why and what would.
+        """
+        ...
+
+    @abstractmethod
+    def page_bytes(self, spec: AttentionSpec) -> int:
+        """Bytes of one block of one layer."""
+        ...
+
+    @abstractmethod
+    def allocate(self, spec: AttentionSpec, num_blocks: int) -> KVCache:
+        """One layer's cache of ``num_blocks`` blocks. Memory need not be touched before use."""
+        ...
+
+    @abstractmethod
+    def build_metadata(self, step: StepTensors, group: int) -> Metadata:
+        """What the layers of KV group ``group`` share in this step. Runs once per step, outside the compiled step."""
+        ...
+
+    @abstractmethod
+    def forward(self, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor, cache: KVCache, metadata: Metadata, spec: AttentionSpec) -> Tensor:
+        """Store ``k`` and ``v`` of this step, then attend. Causal within each request.
+
+        Returns:
+            ``[T, H × K]`` in the activation dtype; rows of padding tokens are unspecified but finite.
+        """
+        ...

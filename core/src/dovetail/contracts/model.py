@@ -1,0 +1,126 @@
+"""Model: one family, written for one device from the blocks of :mod:`dovetail.layers`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dovetail.contracts.attention import AttentionSpec
+from dovetail.contracts.ops import OpTable
+from dovetail.contracts.quant import QuantMethod
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """What the resolver needs to know about a checkpoint before anything is built.
+
+    Attributes:
+        attention: one spec per layer, in order; equal specs share a KV group.
+        vocab_size: rows of the output head.
+        max_positions: longest context that the checkpoint was made for.
+        dtype: of the checkpoint's weights.
+        needs: capabilities beyond those visible in ``attention``, by manifest field name.
+    """
+
+    attention: Sequence[AttentionSpec]
+    vocab_size: int
+    max_positions: int
+    dtype: torch.dtype
+    needs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelContext:
+    """What a model is built with.
+
+    Attributes:
+        ops: the platform's operations.
+        dtype, device: of activations and unquantized weights.
+        quant: the number format of linear layers.
+        max_model_len: longest context served; rotary tables need not be longer.
+    """
+
+    ops: OpTable
+    dtype: torch.dtype
+    device: torch.device
+    quant: QuantMethod
+    max_model_len: int
+
+
+class StepAttention(Protocol):
+    """How a layer reaches attention within a step: storage, metadata and backend are bound already."""
+
+    def __call__(self, layer: int, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
+        """Store k and v, attend, and return ``[T, H × K]``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """One row of a weight table: where a checkpoint tensor goes.
+
+    Attributes:
+        pattern: a dotted name part of the checkpoint, e.g. ``"q_proj"``.
+        into: the part that replaces it, e.g. ``"qkv_proj"``.
+        shard: the output of the merged layer that it fills, e.g. ``"q"``; None fills all of it.
+    """
+
+    pattern: str
+    into: str
+    shard: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightTable:
+    """How checkpoint names map to the model's.
+
+    Attributes:
+        renames: applied to whole dotted name parts, first match wins.
+        strip_prefixes: leading parts that some exports add.
+        ignore: substrings of tensors that the model does not use, by design.
+        tied: parameter -> parameter that it shares storage with when the checkpoint leaves it out.
+    """
+
+    renames: Sequence[Rename] = ()
+    strip_prefixes: Sequence[str] = ()
+    ignore: Sequence[str] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+
+class Model(nn.Module, ABC):
+    """One model family. The file that holds it owns config parsing, weight names and layer shapes."""
+
+    @classmethod
+    @abstractmethod
+    def facts(cls, hf_config: Mapping[str, Any]) -> ModelFacts:
+        """Read a checkpoint's config.json.
+
+        Raises:
+            ConfigError: a field has a value that this family cannot honour; the message names both.
+        """
+        ...
+
+    @abstractmethod
+    def __init__(self, hf_config: Mapping[str, Any], context: ModelContext) -> None:
+        """Create the modules. Parameters are created on the meta device or empty; the loader fills them."""
+        super().__init__()
+
+    @abstractmethod
+    def weight_table(self) -> WeightTable:
+        """How checkpoint tensors map to this model's parameters."""
+        ...
+
+    @abstractmethod
+    def forward(self, token_ids_T: Tensor, positions_T: Tensor, attend: StepAttention) -> Tensor:
+        """Hidden states ``[T, D]`` after the final norm."""
+        ...
+
+    @abstractmethod
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        """Logits ``[S, V]`` of the given rows."""
+        ...

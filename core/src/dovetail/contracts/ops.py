@@ -1,0 +1,58 @@
+"""The op table: named operations with a reference implementation each, which a platform may override.
+
+The table is resolved once, when the model is built; nothing looks an operation up by name afterwards. Signatures and
+meaning of every operation are those of the function of the same name in :mod:`dovetail.ops.reference`; an override
+must agree with it within the dtype's rounding, which the conformance tests check against float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from dovetail.errors import PluginLoadError
+from dovetail.ops import reference
+
+PackedWeight = Any
+"""Whatever ``linear_pack`` returns; only the ``linear`` of the same table reads it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpTable:
+    """The operations of one engine. Fields default to the reference implementations."""
+
+    rms_norm: Callable[..., Tensor] = reference.rms_norm
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = reference.add_rms_norm
+    rotary: Callable[..., tuple[Tensor, Tensor]] = reference.rotary
+    silu_and_mul: Callable[..., Tensor] = reference.silu_and_mul
+    embedding: Callable[..., Tensor] = reference.embedding
+    linear_pack: Callable[..., PackedWeight] = reference.linear_pack
+    linear: Callable[..., Tensor] = reference.linear
+    scaled_mm: Callable[..., Tensor] = reference.scaled_mm
+    w4a16_mm: Callable[..., Tensor] = reference.w4a16_mm
+    moe_experts: Callable[..., Tensor] = reference.moe_experts
+    write_kv: Callable[..., None] = reference.write_kv
+    paged_attention: Callable[..., Tensor] = reference.paged_attention
+    sample: Callable[..., Tensor] = reference.sample
+
+    @classmethod
+    def names(cls) -> frozenset[str]:
+        """Every operation's name."""
+        return frozenset(field.name for field in fields(cls))
+
+    @classmethod
+    def resolve(cls, overrides: Mapping[str, Callable[..., Any]], owner: str) -> OpTable:
+        """Build the table from a platform's overrides.
+
+        Raises:
+            PluginLoadError: ``owner`` overrides an operation that does not exist.
+        """
+        unknown = sorted(set(overrides) - cls.names())
+        if unknown:
+            raise PluginLoadError(
+                f"{owner} overrides unknown operations {unknown}; known: {', '.join(sorted(cls.names()))}."
+            )
+        return cls(**overrides)

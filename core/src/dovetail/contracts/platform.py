@@ -1,0 +1,162 @@
+"""Platform: everything that is specific to a chip. Nothing else asks which chip runs; code asks for a capability."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """The answer to "can this machine run it?".
+
+    Attributes:
+        available: whether the platform can be used here and now.
+        reason: why not, with what to do; empty when available.
+        facts: what an operator wants to see: chip, cores, memory, instruction sets, driver versions.
+    """
+
+    available: bool
+    reason: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryInfo:
+    """Bytes on the device, before the KV cache is allocated."""
+
+    total: int
+    available: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlatformConfig:
+    """What the operator decides about a platform.
+
+    Attributes:
+        num_threads: host threads for computation; None lets the platform choose.
+    """
+
+    num_threads: int | None = None
+
+
+class Bucket(NamedTuple):
+    """A step size: tensors are padded up to it."""
+
+    num_tokens: int
+    num_requests: int
+
+
+class ShapePolicy(ABC):
+    """Which step sizes exist. The runner pads every step to ``fit`` and warms up ``ladder``."""
+
+    @abstractmethod
+    def fit(self, num_tokens: int, num_requests: int) -> Bucket:
+        """The smallest bucket that holds a step of this size."""
+        ...
+
+    @abstractmethod
+    def ladder(self) -> Sequence[Bucket]:
+        """The buckets to compile before serving, largest first."""
+        ...
+
+
+class ExactShapes(ShapePolicy):
+    """No padding: every step runs at its own size. Warm-up runs the given sizes."""
+
+    def __init__(self, warm_up: Sequence[Bucket]) -> None:
+        self._warm_up = tuple(warm_up)
+
+    def fit(self, num_tokens: int, num_requests: int) -> Bucket:
+        """The size itself."""
+        return Bucket(num_tokens, num_requests)
+
+    def ladder(self) -> Sequence[Bucket]:
+        """The warm-up sizes."""
+        return self._warm_up
+
+
+class LadderShapes(ShapePolicy):
+    """A fixed set of sizes, for graphs and ahead-of-time compilers."""
+
+    def __init__(self, tokens: Sequence[int], requests: Sequence[int]) -> None:
+        self._tokens = tuple(sorted(tokens))
+        self._requests = tuple(sorted(requests))
+
+    def fit(self, num_tokens: int, num_requests: int) -> Bucket:
+        """The next rung in each direction.
+
+        Raises:
+            ValueError: the step exceeds the largest rung.
+        """
+        return Bucket(_next_rung(self._tokens, num_tokens), _next_rung(self._requests, num_requests))
+
+    def ladder(self) -> Sequence[Bucket]:
+        """Every pair in which no request is empty."""
+        pairs = [Bucket(t, r) for t in self._tokens for r in self._requests if t >= r]
+        return sorted(pairs, reverse=True)
+
+
+def _next_rung(rungs: Sequence[int], size: int) -> int:
+    for rung in rungs:
+        if rung >= size:
+            return rung
+    raise ValueError(f"{size} exceeds the largest rung of the ladder, {rungs[-1]}.")
+
+
+StepFunction = Callable[..., torch.Tensor]
+"""Runs the model over one step's tensors and returns the logits of the rows that need them."""
+
+
+class Platform(ABC):
+    """A chip. Constructed once per engine process, after ``probe`` said yes."""
+
+    @classmethod
+    @abstractmethod
+    def probe(cls) -> Probe:
+        """Whether this machine can run the platform. Must not raise and must not initialise the device."""
+        ...
+
+    @abstractmethod
+    def __init__(self, config: PlatformConfig) -> None:
+        """Initialise the device.
+
+        Raises:
+            ConfigError: a value of ``config`` cannot be honoured.
+        """
+        ...
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where weights, KV cache and step tensors live."""
+        ...
+
+    @abstractmethod
+    def memory(self) -> MemoryInfo:
+        """Device memory now."""
+        ...
+
+    @abstractmethod
+    def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
+        """The activation dtype for ``--dtype auto``."""
+        ...
+
+    @abstractmethod
+    def ops(self, dtype: torch.dtype) -> Mapping[str, Callable[..., Any]]:
+        """The operations that the platform overrides for this activation dtype (see :class:`OpTable`)."""
+        ...
+
+    @abstractmethod
+    def shape_policy(self, max_tokens: int, max_requests: int) -> ShapePolicy:
+        """Which step sizes exist, given the largest step."""
+        ...
+
+    @abstractmethod
+    def compile(self, step: StepFunction, bucket: Bucket) -> StepFunction:
+        """Turn the step into whatever runs fastest at this size; called once per bucket. May return it unchanged."""
+        ...

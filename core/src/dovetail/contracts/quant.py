@@ -1,0 +1,75 @@
+"""QuantMethod: a number format for weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.contracts.ops import OpTable
+
+PackedLinear = Any
+"""One layer's weights in final form; only the method that prepared it reads it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """One tensor that a linear layer expects from the checkpoint.
+
+    Attributes:
+        shape: of the whole layer (all merged outputs together).
+        dtype: that it is stored in while loading.
+        output_dim: dimension that grows with output features (merged layers are filled by slices of it), or None.
+        output_scale: elements along ``output_dim`` per output feature, as ``(numerator, denominator)``.
+        optional: may be absent from the checkpoint.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    output_dim: int | None = 0
+    output_scale: tuple[int, int] = (1, 1)
+    optional: bool = False
+
+
+class QuantMethod(ABC):
+    """Makes and runs the weights of linear layers. Constructed once per model."""
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, quantization_config: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint's ``quantization_config`` is of this format."""
+        ...
+
+    @abstractmethod
+    def __init__(self, quantization_config: Mapping[str, Any] | None) -> None:
+        """Args:
+            quantization_config: the checkpoint's section, or None to quantize an unquantized checkpoint on load.
+
+        Raises:
+            ConfigError: the section asks for something this method cannot do.
+        """
+        ...
+
+    @abstractmethod
+    def applies_to(self, layer: str) -> bool:
+        """Whether the layer of this dotted name is quantized; the others keep plain weights."""
+        ...
+
+    @abstractmethod
+    def tensors(self, in_features: int, out_features: int, dtype: torch.dtype) -> Mapping[str, TensorSpec]:
+        """What a layer expects from the checkpoint, by the suffix of the tensor's name (``weight``, ``scale``, …)."""
+        ...
+
+    @abstractmethod
+    def prepare(self, tensors: Mapping[str, Tensor], ops: OpTable, dtype: torch.dtype) -> PackedLinear:
+        """Bring one layer's loaded tensors into final form; called once per layer, after which they are freed."""
+        ...
+
+    @abstractmethod
+    def apply(self, x_TI: Tensor, packed: PackedLinear, bias_O: Tensor | None, ops: OpTable) -> Tensor:
+        """``x @ weightᵀ + bias`` in the dtype of ``x``, shape ``[T, O]``."""
+        ...

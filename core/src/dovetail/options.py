@@ -1,0 +1,126 @@
+"""What the user asks for, exactly as on the command line, in a YAML file or as ``LLM(...)`` arguments. Torch-free.
+
+The command line, the YAML file and the reference in the docs are generated from these fields. Options that only some
+plugin understands belong to that plugin's own section.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from dovetail.errors import ConfigError
+
+T = TypeVar("T")
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
+    """A dataclass field that is also a command-line option."""
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """Options of the engine; ``LLM`` takes the same names."""
+
+    model: str | None = option(None, "Checkpoint folder or hub id; without one the embedded demo model is served.", metavar="PATH_OR_HUB_ID")
+    revision: str | None = option(None, "Branch, tag or commit of a hub model.")
+    tokenizer: str | None = option(None, "Folder or hub id of the tokenizer, if it is not beside the model.", metavar="PATH_OR_HUB_ID")
+    dtype: str = option("auto", "Activation dtype; auto takes the checkpoint's, where the platform computes in it.", choices=DTYPES)
+    max_model_len: int | None = option(None, "Longest prompt plus output, in tokens; default: the checkpoint's.")
+    max_num_seqs: int = option(64, "Most requests computed in one step.")
+    max_num_batched_tokens: int = option(2048, "Most tokens computed in one step.")
+    block_size: int = option(16, "Tokens per KV-cache block.")
+    kv_cache_memory: float | None = option(None, "GiB for the KV cache; default: enough for max_num_seqs full contexts, at most a quarter of the free device memory.")
+    kv_cache_dtype: str = option("auto", "Storage dtype of the KV cache; auto takes the activation dtype.")
+    enable_prefix_caching: bool = option(True, "Share KV blocks of equal prompt prefixes.")
+    enable_chunked_prefill: bool = option(True, "Split long prompts over steps and mix them with decodes.")
+    scheduling_policy: str = option("fcfs", "Order of requests: first come first served, or by the request's priority.", choices=("fcfs", "priority"))
+    seed: int = option(0, "Seed of requests that bring none.")
+    platform: str = option("auto", "Platform plugin; auto takes the highest priority that is available here.")
+    attention: str = option("auto", "Attention backend; auto takes the platform's first that supports the model.")
+    quantization: str | None = option(None, "Weight format; default: what the checkpoint says.")
+    speculative_config: Mapping[str, Any] | None = option(
+        None, "Speculative decoding as JSON: method, num_speculative_tokens, and the method's own options.", metavar="JSON"
+    )
+    num_threads: int | None = option(None, "Host threads for computation; default: the platform's choice.")
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without looking at model or machine.
+
+        Raises:
+            ConfigError: naming the option, its value and the remedy.
+        """
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag(name)} is {value}; it must be at least 1.")
+        if self.kv_cache_memory is not None and not self.kv_cache_memory > 0:
+            raise ConfigError(f"--kv-cache-memory is {self.kv_cache_memory}; it must be a positive number of GiB.")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"--max-num-batched-tokens {self.max_num_batched_tokens} is below --max-num-seqs {self.max_num_seqs}: "
+                "a step could not give every request one token. Raise the first or lower the second."
+            )
+        for f in fields(self):
+            choices = f.metadata["choices"]
+            if choices and getattr(self, f.name) not in choices:
+                raise ConfigError(f"{flag(f.name)} is {getattr(self, f.name)!r}; choose one of {', '.join(choices)}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerOptions:
+    """Options of the HTTP server."""
+
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(8000, "Port to listen on; 0 takes a free one.")
+    served_model_name: str | None = option(None, "Name that clients use; default: the model's path or hub id as given.")
+    api_key: str | None = option(None, "Key that clients must send as a bearer token; also read from DOVETAIL_API_KEY.")
+    chat_template: str | None = option(None, "Jinja file that replaces the checkpoint's chat template.", metavar="PATH")
+    max_body_mb: float = option(8.0, "Largest request body accepted, in MB.")
+    max_waiting: int = option(1024, "Requests that may wait; beyond it the server answers 503 with retry-after.")
+    drain_timeout: float = option(30.0, "Seconds that running requests get to finish after SIGTERM.")
+    compat_metrics: bool = option(True, "Also export the vllm:* names that gateways and autoscalers read.")
+    log_level: str = option("info", "Log level.", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: naming the option, its value and the remedy.
+        """
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port is {self.port}; it must be in 0..65535.")
+        if not self.max_body_mb > 0:
+            raise ConfigError(f"--max-body-mb is {self.max_body_mb}; it must be positive.")
+        if self.drain_timeout < 0:
+            raise ConfigError(f"--drain-timeout is {self.drain_timeout}; it must not be negative.")
+        for f in fields(self):
+            choices = f.metadata["choices"]
+            if choices and getattr(self, f.name) not in choices:
+                raise ConfigError(f"{flag(f.name)} is {getattr(self, f.name)!r}; choose one of {', '.join(choices)}.")
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def parse(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Build an options object from a mapping; dashes and underscores are the same.
+
+    Raises:
+        ConfigError: an unknown key, with the nearest known one.
+    """
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    named = {key.replace("-", "_"): value for key, value in values.items()}
+    for key in named:
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"Unknown option {key!r}.{hint} Known: {', '.join(known)}.")
+    return cls(**named)
