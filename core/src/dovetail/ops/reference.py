@@ -1,0 +1,249 @@
+"""Reference operations: what every operation of the op table means, in plain torch on any device.
+
+They are oracles before they are fast: low-precision inputs are computed in float32 and rounded once at the end, float64
+inputs stay float64. Dimension letters are those of :mod:`dovetail.contracts`; ``A`` counts the experts of one token and ``E`` all experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dovetail.ops.sampling import SamplingTensors, sample_tokens
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Scale each row to root mean square 1, then by ``weight`` (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    Args:
+        x_TD: ``[..., D]``; any leading dimensions.
+        weight_D: ``[D]``.
+        eps: added to the mean square.
+
+    Returns:
+        Shape and dtype of ``x``.
+    """
+    x = _wide(x_TD)
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight_D.to(x.dtype)).to(x_TD.dtype)
+
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add to the residual stream, then normalise it.
+
+    Returns:
+        ``rms_norm(x + residual)`` and ``x + residual``, both in the dtype of ``x``; the norm reads the rounded sum.
+    """
+    residual_TD = x_TD + residual_TD
+    return rms_norm(residual_TD, weight_D, eps), residual_TD
+
+
+def rotary(q_THK: Tensor, k_TNK: Tensor, positions_T: Tensor, cos_sin_PK: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by their positions (Su et al. 2021, arXiv:2104.09864).
+
+    Element ``i`` of the first half of the rotary dimensions pairs with element ``i`` of the second half.
+
+    Args:
+        q_THK, k_TNK: ``[T, H, K]`` and ``[T, N, K]``.
+        positions_T: row of ``cos_sin`` for each token.
+        cos_sin_PK: float32 ``[positions, rotary_dim]``: cosines in the first half, sines in the second. Elements of a
+            head beyond ``rotary_dim`` pass unchanged.
+    """
+    cos_TK, sin_TK = cos_sin_PK[positions_T].unsqueeze(1).chunk(2, dim=-1)
+    return _rotate(q_THK, cos_TK, sin_TK), _rotate(k_TNK, cos_TK, sin_TK)
+
+
+def _rotate(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    x = _wide(x_THK)
+    half = cos_TK.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = cos_TK.to(x.dtype), sin_TK.to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x_THK.dtype)
+
+
+def silu_and_mul(x_T2F: Tensor) -> Tensor:
+    """Gated activation ``silu(gate) × up`` (Shazeer 2020, arXiv:2002.05202).
+
+    Args:
+        x_T2F: ``[..., 2 F]``: gate, then up.
+
+    Returns:
+        ``[..., F]`` in the dtype of ``x``.
+    """
+    gate, up = _wide(x_T2F).chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(x_T2F.dtype)
+
+
+def embedding(ids_T: Tensor, table_VD: Tensor) -> Tensor:
+    """Rows of the table: ``[T, D]`` in its dtype."""
+    return F.embedding(ids_T, table_VD)
+
+
+def linear_pack(weight_OI: Tensor) -> Tensor:
+    """Bring a weight ``[O, I]`` into the form that :func:`linear` reads; here it stays itself."""
+    return weight_OI
+
+
+def linear(x_TI: Tensor, packed: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """``x @ weightᵀ + bias``: ``[T, O]`` in the dtype of ``x``. ``packed`` comes from :func:`linear_pack`."""
+    return F.linear(x_TI, packed, bias_O)
+
+
+def scaled_mm(
+    x_TI: Tensor, weight_OI: Tensor, x_scale_T1: Tensor, weight_scale_O1: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """Product of two quantized matrices: ``(x × x_scale) @ (weight × weight_scale)ᵀ``.
+
+    Args:
+        x_TI, weight_OI: ``[T, I]`` and ``[O, I]``, both int8 or both float8.
+        x_scale_T1: float32 ``[T, 1]``, or ``[1, 1]`` for one scale per tensor.
+        weight_scale_O1: float32 ``[O, 1]`` or ``[1, 1]``.
+        out_dtype: of the result ``[T, O]``.
+    """
+    product_TO = x_TI.to(torch.float32) @ weight_OI.to(torch.float32).t()
+    return (product_TO * x_scale_T1 * weight_scale_O1.t()).to(out_dtype)
+
+
+def w4a16_mm(x_TI: Tensor, weight_packed: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> Tensor:
+    """``x @ weightᵀ`` with 4-bit weights, scaled per group of input features.
+
+    Args:
+        x_TI: ``[T, I]``.
+        weight_packed: uint8 ``[O, I / 2]``: unsigned values 0..15, input feature ``2 j`` in the low half of byte ``j``
+            and ``2 j + 1`` in the high half.
+        scales: ``[O, I / group_size]``.
+        zeros: zero points in units of the packed values, ``[O, I / group_size]``; None means 8 everywhere.
+        group_size: consecutive input features that share a scale; divides ``I``.
+
+    Returns:
+        ``[T, O]`` in the dtype of ``x``; a weight is ``(value - zero) × scale``.
+    """
+    dtype = _wide_dtype(x_TI.dtype)
+    values_OI = torch.stack([weight_packed & 0xF, weight_packed >> 4], dim=-1).flatten(1)
+    groups_OGI = values_OI.to(dtype).unflatten(1, (-1, group_size))
+    zeros_OG1 = 8.0 if zeros is None else zeros.to(dtype).unsqueeze(-1)
+    weight_OI = ((groups_OGI - zeros_OG1) * scales.to(dtype).unsqueeze(-1)).flatten(1)
+    return (x_TI.to(dtype) @ weight_OI.t()).to(x_TI.dtype)
+
+
+def moe_experts(
+    x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, expert_ids_TA: Tensor, expert_weights_TA: Tensor
+) -> Tensor:
+    """Mixture of gated feed-forward experts (Shazeer et al. 2017, arXiv:1701.06538).
+
+    Args:
+        x_TD: ``[T, D]``.
+        gate_up_EFD: ``[E, 2 F, D]``: each expert's gate rows, then its up rows.
+        down_EDF: ``[E, D, F]``.
+        expert_ids_TA: the experts of each token; an id outside ``0 .. E - 1`` adds nothing.
+        expert_weights_TA: factor of each expert's output.
+
+    Returns:
+        ``[T, D]`` in the dtype of ``x``; the weighted sum is taken in float32.
+    """
+    out_TD = torch.zeros_like(x_TD, dtype=_wide_dtype(x_TD.dtype))
+    weights_TA = expert_weights_TA.to(out_TD.dtype)
+    for expert, (gate_up_FD, down_DF) in enumerate(zip(gate_up_EFD, down_EDF, strict=True)):
+        token, choice = (expert_ids_TA == expert).nonzero(as_tuple=True)
+        if len(token):
+            y = F.linear(silu_and_mul(F.linear(x_TD[token], gate_up_FD)), down_DF)
+            out_TD.index_add_(0, token, y.to(out_TD.dtype) * weights_TA[token, choice].unsqueeze(-1))
+    return out_TD.to(x_TD.dtype)
+
+
+def write_kv(
+    k_TNK: Tensor, v_TNK: Tensor, k_cache_BPNK: Tensor, v_cache_BPNK: Tensor, slot_mapping_T: Tensor
+) -> None:
+    """Store keys and values in the paged cache, in place.
+
+    Args:
+        k_TNK, v_TNK: ``[T, N, K]``.
+        k_cache_BPNK, v_cache_BPNK: ``[blocks, tokens per block, N, K]``; any dtype and strides.
+        slot_mapping_T: int64 ``block × tokens per block + offset`` of each token. Padding tokens share a place in
+            the null block, whose content is unspecified.
+    """
+    block_size = k_cache_BPNK.shape[1]
+    place = (slot_mapping_T // block_size, slot_mapping_T % block_size)
+    k_cache_BPNK[place] = k_TNK.to(k_cache_BPNK.dtype)
+    v_cache_BPNK[place] = v_TNK.to(v_cache_BPNK.dtype)
+
+
+def paged_attention(
+    q_THK: Tensor,
+    k_cache_BPNK: Tensor,
+    v_cache_BPNK: Tensor,
+    block_table_RB: Tensor,
+    query_start_R1: Tensor,
+    seq_lens_R: Tensor,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """Causal attention of a ragged batch over a paged cache (Kwon et al. 2023, arXiv:2309.06180).
+
+    Request ``r`` holds query tokens ``query_start[r] : query_start[r + 1]``, the last of its ``seq_lens[r]`` tokens,
+    whose keys and values are in the cache already. Query head ``h`` reads key/value head ``h // (H / N)``.
+
+    Args:
+        q_THK: ``[T, H, K]``.
+        k_cache_BPNK, v_cache_BPNK: ``[blocks, tokens per block, N, K]``.
+        block_table_RB: block of each page; only pages with visible tokens are read.
+        query_start_R1, seq_lens_R: int32 ``[R + 1]`` and ``[R]``. A request without query tokens is padding.
+        scale: factor on ``q · k``.
+        window: each query sees itself and the ``window - 1`` tokens before it; None sees all before.
+        soft_cap: scores become ``cap × tanh(score / cap)``.
+
+    Returns:
+        ``[T, H × K]`` in the dtype of ``q``; zeros for padding tokens. The softmax is taken in float32.
+    """
+    out_THK = torch.zeros_like(q_THK)
+    block_size = k_cache_BPNK.shape[1]
+    starts, seq_lens = query_start_R1.tolist(), seq_lens_R.tolist()
+    for r, (start, end, seq_len) in enumerate(zip(starts[:-1], starts[1:], seq_lens, strict=True)):
+        if end == start:
+            continue
+        first_query = seq_len - (end - start)
+        first_key = 0 if window is None else max(0, first_query - window + 1)
+        positions_L = torch.arange(first_key, seq_len, device=q_THK.device)
+        place = (block_table_RB[r, positions_L // block_size].long(), positions_L % block_size)
+        distance_TL = positions_L[first_query - first_key :].unsqueeze(1) - positions_L
+        visible_TL = (distance_TL >= 0) & (distance_TL < (window or seq_len))
+        out_THK[start:end] = _attend(
+            q_THK[start:end], k_cache_BPNK[place], v_cache_BPNK[place], visible_TL, scale, soft_cap
+        )
+    return out_THK.flatten(1)
+
+
+def _attend(
+    q_THK: Tensor, k_LNK: Tensor, v_LNK: Tensor, visible_TL: Tensor, scale: float, soft_cap: float | None
+) -> Tensor:
+    """Attention of one request's queries over its gathered keys and values."""
+    dtype = _wide_dtype(q_THK.dtype)
+    q_TNGK = q_THK.to(dtype).unflatten(1, (k_LNK.shape[1], -1))
+    scores_NGTL = torch.einsum("tngk,lnk->ngtl", q_TNGK, k_LNK.to(dtype)) * scale
+    if soft_cap is not None:
+        scores_NGTL = soft_cap * torch.tanh(scores_NGTL / soft_cap)
+    probs_NGTL = scores_NGTL.masked_fill(~visible_TL, -torch.inf).softmax(-1)
+    return torch.einsum("ngtl,lnk->tngk", probs_NGTL, v_LNK.to(dtype)).flatten(1, 2).to(q_THK.dtype)
+
+
+def sample(logits_SV: Tensor, params: SamplingTensors) -> Tensor:
+    """Choose one token per row: temperature, min-p, top-k, top-p, then Gumbel-max with stateless noise.
+
+    Args:
+        logits_SV: ``[S, V]``, bias, masks and penalties applied.
+        params: one entry per row.
+
+    Returns:
+        int64 ``[S]``. A row's token depends on that row alone, never on its neighbours.
+    """
+    return sample_tokens(logits_SV, params)
+
+
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(_wide_dtype(x.dtype))
