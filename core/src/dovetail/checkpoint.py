@@ -1,0 +1,144 @@
+"""Where a checkpoint lies, and what its small JSON files say. Torch-free.
+
+A checkpoint is a folder in Hugging Face layout: config.json, safetensors files, and usually a tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dovetail.errors import ConfigError
+from dovetail.options import EngineOptions
+from dovetail.plugins.registry import Registries
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_UNWANTED = ["original/*", "metal/*", "onnx/*"]
+
+
+def select(options: EngineOptions, registries: Registries) -> tuple[Path, str]:
+    """The folder of the model that the options ask for, and the name that users know it by.
+
+    Without a model, that is the embedded demo with the highest priority.
+
+    Raises:
+        ConfigError: there is no such folder or hub model, or no demo is installed.
+    """
+    if options.model is not None:
+        return locate(options.model, options.revision), options.model
+    for entry in registries.models.ranked():
+        if entry.manifest.demo is not None:
+            path = demo(entry.manifest.demo)
+            return path, path.name
+    raise ConfigError(
+        "No model is named, and no installed plugin brings a demo model. "
+        "Name a checkpoint folder or hub id, or install dovetail-models."
+    )
+
+
+def locate(model: str, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded (or found in the hub's cache) first.
+
+    Raises:
+        ConfigError: neither a checkpoint folder nor a hub model that can be had.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                f"The folder {model} holds no config.json, so it is not a checkpoint in Hugging Face layout. "
+                "Name the folder that holds config.json and the .safetensors files."
+            )
+        return path
+    if path.is_file():
+        raise ConfigError(f"{model} is a file; name the checkpoint's folder, which holds config.json and .safetensors files.")
+    if not _HUB_ID.fullmatch(model):
+        raise ConfigError(f"There is no folder {model}, and it is no hub id (owner/name) either. Check the path.")
+    return _download(model, revision)
+
+
+def demo(location: str) -> Path:
+    """The folder of a demo checkpoint, given as ``"package:folder"``.
+
+    Raises:
+        ConfigError: the package does not hold it.
+    """
+    package, _, folder = location.partition(":")
+    path = Path(str(files(package))) / folder
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"The demo model {location} is missing from its package (looked in {path}); reinstall the package.")
+    return path
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json.
+
+    Raises:
+        ConfigError: it is missing or not a JSON object.
+    """
+    return _read_object(path / "config.json")
+
+
+def eos_token_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens that end a sequence: generation_config.json's, else config.json's; none if neither names one.
+
+    Raises:
+        ConfigError: the entry is neither a token id nor a list of them.
+    """
+    generation = path / "generation_config.json"
+    sources: list[tuple[str, Mapping[str, Any]]] = []
+    if generation.is_file():
+        sources.append(("generation_config.json", _read_object(generation)))
+    sources.append(("config.json", config))
+    nested = config.get("text_config")
+    if isinstance(nested, dict):
+        sources.append(("config.json", nested))
+    for file, source in sources:
+        value = source.get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+            raise ConfigError(f"eos_token_id in {path / file} is {value!r}; it must be a token id or a list of them.")
+        return tuple(ids)
+    return ()
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; a checkpoint needs it.") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a JSON {type(value).__name__}; it must hold an object.")
+    return value
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    wanted = f"{model} (revision {revision})" if revision else model
+    try:
+        folder = snapshot_download(model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+    # the hub's own errors derive from OSError and ValueError, the network's from httpx.HTTPError or OSError
+    except (OSError, HFValidationError, *_transport_errors()) as error:
+        raise ConfigError(
+            f"There is no folder {model}, and the hub model {wanted} cannot be had: "
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'} "
+            "Check the name, the network, and HF_TOKEN for gated models; or name a local folder."
+        ) from error
+    return locate(folder)
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    import httpx
+
+    return (httpx.HTTPError,)

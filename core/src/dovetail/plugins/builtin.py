@@ -1,0 +1,60 @@
+"""The core's own plugin: the reference platform, its attention backends, and plain weights."""
+
+from __future__ import annotations
+
+from dovetail.hookspecs import Register, hookimpl
+from dovetail.plugins.manifest import AttentionManifest, PlatformManifest, QuantManifest
+
+
+@hookimpl
+def dovetail_register_platforms(register: Register[PlatformManifest]) -> None:
+    """The host's own processor: available everywhere, and the oracle for every other platform."""
+    register(
+        PlatformManifest(
+            name="cpu",
+            summary="The host's processor; the reference platform.",
+            device_type="cpu",
+            dtypes=("bfloat16", "float32"),
+            attention=("cpu", "reference"),
+        ),
+        "dovetail.platforms.cpu.platform:CpuPlatform",
+    )
+
+
+@hookimpl
+def dovetail_register_attention_backends(register: Register[AttentionManifest]) -> None:
+    """The fast backend of the reference platform, and the oracle."""
+    register(
+        AttentionManifest(
+            name="cpu",
+            summary="Paged attention of the reference platform.",
+            device_types=("cpu",),
+            dtypes=("bfloat16", "float32"),
+            sliding_window=True,
+            soft_cap=True,
+            verify=True,
+        ),
+        "dovetail.platforms.cpu.attention:CpuAttention",
+    )
+    register(
+        AttentionManifest(
+            name="reference",
+            summary="Plain and readable: the oracle for every other backend.",
+            priority=-100,
+            device_types=("cpu",),
+            dtypes=("bfloat16", "float16", "float32"),
+            sliding_window=True,
+            soft_cap=True,
+            verify=True,
+        ),
+        "dovetail.platforms.cpu.reference_attention:ReferenceAttention",
+    )
+
+
+@hookimpl
+def dovetail_register_quant_methods(register: Register[QuantManifest]) -> None:
+    """Weights as they are."""
+    register(
+        QuantManifest(name="none", summary="Plain weights, in the activation dtype.", priority=-100),
+        "dovetail.layers.linear:Unquantized",
+    )

@@ -1,0 +1,230 @@
+"""Registries: everything that plugins registered, by kind and name, with its owner.
+
+Filled once at start-up by the plugin host, then frozen. They hold manifests and lazy targets, never the things
+themselves, so they cross process borders as bytes and importing this module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from dovetail.errors import PluginConflictError, PluginLoadError, UnknownNameError
+from dovetail.plugins.manifest import (
+    AttentionManifest,
+    Manifest,
+    ModelManifest,
+    PlatformManifest,
+    QuantManifest,
+    SpecDecoderManifest,
+)
+
+M = TypeVar("M", bound=Manifest)
+
+
+class Entry(msgspec.Struct, Generic[M], frozen=True, kw_only=True):
+    """One registration.
+
+    Attributes:
+        manifest: what the plugin declared.
+        target: ``"package.module:Attribute"``.
+        plugin: the entry-point name of the plugin that registered it.
+        distribution, version: who brings it.
+    """
+
+    manifest: M
+    target: str
+    plugin: str
+    distribution: str
+    version: str
+
+    @property
+    def name(self) -> str:
+        """As registered."""
+        return self.manifest.name
+
+    @property
+    def owner(self) -> str:
+        """Plugin, distribution and version, in words."""
+        return f"plugin {self.plugin!r} ({self.distribution} {self.version})"
+
+    def load(self) -> Any:
+        """Import the target.
+
+        Raises:
+            PluginLoadError: the import failed, or the attribute does not exist; names the owner.
+        """
+        module, _, attribute = self.target.partition(":")
+        try:
+            return getattr(import_module(module), attribute)
+        except Exception as error:
+            raise PluginLoadError(
+                f"{self.name!r} of {self.owner} cannot be imported from {self.target}: "
+                f"{type(error).__name__}: {error}. Repair or reinstall {self.distribution}."
+            ) from error
+
+
+class Registry(msgspec.Struct, Generic[M], kw_only=True):
+    """What is registered of one kind.
+
+    Attributes:
+        kind: the noun of messages, e.g. ``"platform"``.
+        entries: by name, in the order of registration.
+        hints: sentences for a miss, about plugins that are broken or disabled.
+        frozen: whether start-up is over.
+    """
+
+    kind: str
+    entries: dict[str, Entry[M]] = {}
+    hints: tuple[str, ...] = ()
+    frozen: bool = False
+
+    def add(self, entry: Entry[M]) -> None:
+        """Add a registration.
+
+        Raises:
+            PluginConflictError: the name is taken; names both owners.
+            PluginLoadError: the registry is frozen.
+        """
+        if self.frozen:
+            raise PluginLoadError(
+                f"{entry.owner} registers {self.kind} {entry.name!r} after start-up; register it inside the hook."
+            )
+        taken = self.entries.get(entry.name)
+        if taken is not None:
+            raise PluginConflictError(
+                f"{self.kind} {entry.name!r} of {entry.owner} is already registered by {taken.owner}. "
+                f"Rename one, or leave one plugin out with DOVETAIL_DISABLE_PLUGINS."
+            )
+        self.entries[entry.name] = entry
+
+    def drop(self, entry: Entry[M]) -> None:
+        """Take back a registration of a plugin that failed afterwards."""
+        del self.entries[entry.name]
+
+    def freeze(self, hints: tuple[str, ...] = ()) -> None:
+        """End of start-up: refuse further registrations, and keep ``hints`` for misses."""
+        self.frozen = True
+        self.hints = hints
+
+    def names(self) -> tuple[str, ...]:
+        """Every registered name, sorted."""
+        return tuple(sorted(self.entries))
+
+    def get(self, name: str) -> Entry[M]:
+        """Look up a name.
+
+        Raises:
+            UnknownNameError: with the nearest name, the known ones, and what else might provide it.
+        """
+        if name in self.entries:
+            return self.entries[name]
+        near = nearest(name, self.entries)
+        known = ", ".join(self.names()) or "none"
+        install = "Install the distribution that provides it; `dovetail plugins` lists what is installed."
+        raise UnknownNameError(
+            " ".join([f"No {self.kind} is named {name!r}.{near} Registered: {known}.", install, *self.hints])
+        )
+
+    def ranked(self) -> list[Entry[M]]:
+        """Every entry, highest priority first; equals in the order of their names."""
+        return sorted(self.entries.values(), key=lambda entry: (-entry.manifest.priority, entry.name))
+
+    def __iter__(self) -> Iterator[Entry[M]]:
+        return iter(self.entries.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+class PluginStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one plugin.
+
+    Attributes:
+        name: its entry-point name.
+        state: ``"loaded"``, ``"failed"`` or ``"disabled"``.
+        asked: whether ``DOVETAIL_PLUGINS`` names it.
+        error: one line, if it failed.
+        traceback: the whole story, if it failed.
+        provides: per kind, the names that it registered; of a failed plugin, those it got to (all were dropped).
+    """
+
+    name: str
+    distribution: str
+    version: str
+    state: str
+    asked: bool = False
+    error: str | None = None
+    traceback: str | None = None
+    provides: dict[str, tuple[str, ...]] = {}
+
+    @property
+    def owner(self) -> str:
+        """Plugin, distribution and version, in words."""
+        return f"plugin {self.name!r} ({self.distribution} {self.version})"
+
+
+class Registries(msgspec.Struct, kw_only=True):
+    """One registry per kind, and the plugins behind them. Every process gets the parent's."""
+
+    platforms: Registry[PlatformManifest] = msgspec.field(default_factory=lambda: Registry(kind="platform"))
+    attention: Registry[AttentionManifest] = msgspec.field(
+        default_factory=lambda: Registry(kind="attention backend")
+    )
+    models: Registry[ModelManifest] = msgspec.field(default_factory=lambda: Registry(kind="model family"))
+    quant: Registry[QuantManifest] = msgspec.field(default_factory=lambda: Registry(kind="quantization method"))
+    spec_decoders: Registry[SpecDecoderManifest] = msgspec.field(
+        default_factory=lambda: Registry(kind="speculative method")
+    )
+    plugins: tuple[PluginStatus, ...] = ()
+
+    def by_kind(self) -> dict[str, Registry[Any]]:
+        """The registries by field name."""
+        return {
+            "platforms": self.platforms,
+            "attention": self.attention,
+            "models": self.models,
+            "quant": self.quant,
+            "spec_decoders": self.spec_decoders,
+        }
+
+    def freeze(self, plugins: tuple[PluginStatus, ...]) -> None:
+        """End of start-up: record the plugins and refuse further registrations."""
+        self.plugins = plugins
+        for kind, registry in self.by_kind().items():
+            registry.freeze(_hints(kind, plugins))
+
+    def encode(self) -> bytes:
+        """For another process."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Registries:
+        """The inverse of :meth:`encode`."""
+        return msgspec.msgpack.decode(data, type=cls)
+
+
+def nearest(name: str, known: Any) -> str:
+    """``" Did you mean 'x'?"``, or nothing if no known name resembles ``name``."""
+    near = get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _hints(kind: str, plugins: tuple[PluginStatus, ...]) -> tuple[str, ...]:
+    """What to say on a miss about plugins that are installed but not loaded."""
+    hints = []
+    for plugin in plugins:
+        if plugin.state == "failed":
+            lost = ", ".join(plugin.provides.get(kind, ()))
+            what = f"would have registered {lost}" if lost else "might provide it"
+            hints.append(f"The {plugin.owner} {what} but failed to load: {plugin.error}")
+        elif plugin.state == "disabled":
+            hints.append(f"The {plugin.owner} is installed but switched off and might provide it.")
+    return tuple(hints)
