@@ -108,8 +108,8 @@ def _next_rung(rungs: Sequence[int], size: int) -> int:
     raise ValueError(f"{size} exceeds the largest rung of the ladder, {rungs[-1]}.")
 
 
-StepFunction = Callable[..., torch.Tensor]
-"""Runs the model over one step's tensors and returns the logits of the rows that need them."""
+StepFunction = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""Runs the model over one step: ``(StepTensors, metadata per KV group)`` in, hidden states ``[T, D]`` and logits ``[S, V]`` out."""
 
 
 class Platform(ABC):

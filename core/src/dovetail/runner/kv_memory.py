@@ -1,0 +1,69 @@
+"""How many KV blocks the device gets, and the storage that KV groups share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dovetail.config import EngineConfig
+from dovetail.contracts.attention import AttentionBackend, AttentionSpec, KVCache
+from dovetail.contracts.executor import KVGroup
+from dovetail.errors import ConfigError
+
+GIB = 1 << 30
+DEFAULT_SHARE = 4
+"""Without ``--kv-cache-memory`` the cache takes at most one part in this many of the free memory."""
+
+
+def block_bytes(specs: Sequence[AttentionSpec], groups: Sequence[KVGroup], backend: AttentionBackend) -> int:
+    """Bytes of one block: the group with the most layers decides, since every group draws from one pool.
+
+    Raises:
+        ConfigError: layers whose pages differ in size; they could not share blocks.
+    """
+    sizes = {backend.page_bytes(spec) for spec in specs}
+    if len(sizes) > 1:
+        raise ConfigError(f"The layers of this model need KV pages of {sorted(sizes)} bytes; one pool needs equal pages.")
+    return sizes.pop() * max(len(group.layers) for group in groups)
+
+
+def num_blocks(config: EngineConfig, bytes_per_block: int, groups: Sequence[KVGroup], available: int) -> int:
+    """Blocks of the pool, the null block included.
+
+    The default holds ``max_num_seqs`` full contexts in every group, within a quarter of the ``available`` bytes.
+
+    Raises:
+        ConfigError: not even one request of ``max_model_len`` fits; the message says how much is missing.
+    """
+    per_request = -(-config.max_model_len // config.block_size) * len(groups)
+    wanted = config.max_num_seqs * per_request + 1
+    if config.kv_cache_memory is None:
+        budget = min(wanted * bytes_per_block, available // DEFAULT_SHARE)
+    else:
+        budget = config.kv_cache_memory
+        if budget > available:
+            raise ConfigError(
+                f"--kv-cache-memory asks for {budget / GIB:.2f} GiB, but {available / GIB:.2f} GiB are free on the device. "
+                "Lower it, or free memory."
+            )
+    blocks = budget // bytes_per_block
+    if blocks < per_request + 1:
+        needed = (per_request + 1) * bytes_per_block
+        raise ConfigError(
+            f"One request of --max-model-len {config.max_model_len} needs {needed / GIB:.3f} GiB of KV cache, and the cache has "
+            f"{budget / GIB:.3f} GiB. Raise --kv-cache-memory by {(needed - budget) / GIB:.3f} GiB or lower --max-model-len."
+        )
+    return blocks if config.kv_cache_memory is not None else min(blocks, wanted)
+
+
+def allocate(
+    specs: Sequence[AttentionSpec], groups: Sequence[KVGroup], backend: AttentionBackend, blocks: int
+) -> list[KVCache]:
+    """One cache per layer. The j-th layers of all groups share storage: a block belongs to one group at a time."""
+    depth = max(len(group.layers) for group in groups)
+    widest = max(groups, key=lambda group: len(group.layers))
+    storage = [backend.allocate(specs[widest.layers[j]], blocks) for j in range(depth)]
+    caches: list[KVCache] = [None] * len(specs)
+    for group in groups:
+        for j, layer in enumerate(group.layers):
+            caches[layer] = storage[j]
+    return caches

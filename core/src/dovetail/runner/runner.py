@@ -1,0 +1,157 @@
+"""ModelRunner: runs one step plan on the device.
+
+Per step: apply diffs to the slot tables, gather the step's tensors, run the compiled step, sample or verify, append.
+No Python loop over requests touches the device, and nothing waits for the device but reading the sampled tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.contracts.attention import AttentionBackend, AttentionSpec, KVCache, Metadata, StepTensors
+from dovetail.contracts.executor import KVGroup
+from dovetail.contracts.model import Model
+from dovetail.contracts.platform import Bucket, Platform, ShapePolicy, StepFunction
+from dovetail.contracts.specdec import SpecDecoder, SpecState
+from dovetail.messages import StepPlan, StepResult, TokenLogprobs
+from dovetail.runner.sampler import Sampler
+from dovetail.runner.slots import SlotTables, StepRows
+
+PROMPT_LOGPROBS_CHUNK = 256
+"""Rows of logits that are in memory at a time for prompt log-probabilities."""
+
+
+class ModelRunner:
+    """Runs plans for one model on one platform."""
+
+    def __init__(
+        self,
+        *,
+        platform: Platform,
+        model: Model,
+        backend: AttentionBackend,
+        specs: Sequence[AttentionSpec],
+        groups: Sequence[KVGroup],
+        caches: Sequence[KVCache],
+        tables: SlotTables,
+        sampler: Sampler,
+        shapes: ShapePolicy,
+        spec_decoder: SpecDecoder | None,
+        num_speculative_tokens: int,
+    ) -> None:
+        self._platform = platform
+        self._model = model
+        self._backend = backend
+        self._specs = specs
+        self._caches = caches
+        self._group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
+        self._num_groups = len(groups)
+        self._tables = tables
+        self._sampler = sampler
+        self._shapes = shapes
+        self._spec_decoder = spec_decoder
+        self._num_speculative_tokens = num_speculative_tokens
+        self._steps: dict[Bucket, StepFunction] = {}
+        self._prompt_logprobs: dict[int, int] = {}
+        self._draft_probs: Tensor | None = None
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """Run one step; see :class:`dovetail.messages.StepResult`."""
+        self._apply(plan)
+        rows = StepRows.of(plan)
+        bucket = self._shapes.fit(len(rows.positions_T), len(rows.slots_R))
+        exact = bucket == (len(rows.positions_T), len(rows.slots_R))
+        num_rows = len(rows.logits_rows_S) if exact else bucket.num_requests * (1 + self._num_speculative_tokens)
+        step = self._tables.step_tensors(rows, bucket, num_rows)
+        hidden_TD, logits_SV = self._compiled(bucket)(step, self._metadata(step))
+        prompt_logprobs = self._score_prompts(plan, rows, hidden_TD)
+        sampled = self._sampler.step(plan, logits_SV[: len(rows.logits_rows_S)], self._tables, self._draft_probs)
+        self._append(plan, sampled.token_ids)
+        return StepResult(
+            step=plan.step,
+            token_ids=sampled.token_ids,
+            drafts=self._propose(plan, sampled.token_ids),
+            logprobs=sampled.logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    @torch.inference_mode()
+    def warm_up(self, bucket: Bucket) -> None:
+        """Compile and run one bucket on padding alone."""
+        step = self._tables.padding_step(bucket, bucket.num_requests * (1 + self._num_speculative_tokens))
+        self._compiled(bucket)(step, self._metadata(step))
+
+    def _apply(self, plan: StepPlan) -> None:
+        for slot in plan.freed_slots:
+            self._sampler.leave(slot)
+            self._prompt_logprobs.pop(slot, None)
+        if self._spec_decoder is not None and plan.freed_slots:
+            self._spec_decoder.release(plan.freed_slots)
+        self._tables.apply(plan)
+        for row in plan.new_rows:
+            self._sampler.enter(row)
+            if row.params.prompt_logprobs is not None:
+                self._prompt_logprobs[row.slot] = row.prompt_len
+
+    def _metadata(self, step: StepTensors) -> list[Metadata]:
+        return [self._backend.build_metadata(step, group) for group in range(self._num_groups)]
+
+    def _compiled(self, bucket: Bucket) -> StepFunction:
+        step = self._steps.get(bucket)
+        if step is None:
+            step = self._steps[bucket] = self._platform.compile(self._forward, bucket)
+        return step
+
+    def _forward(self, step: StepTensors, metadata: Sequence[Metadata]) -> tuple[Tensor, Tensor]:
+        forward, caches, specs, group_of = self._backend.forward, self._caches, self._specs, self._group_of
+
+        def attend(layer: int, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
+            return forward(q_THK, k_TNK, v_TNK, caches[layer], metadata[group_of[layer]], specs[layer])
+
+        hidden_TD = self._model.forward(step.token_ids_T, step.positions_T, attend)
+        return hidden_TD, self._model.logits(hidden_TD[step.logits_rows_S])
+
+    def _append(self, plan: StepPlan, token_ids: Sequence[list[int]]) -> None:
+        slots = [slot for slot, ids in zip(plan.slots, token_ids, strict=True) if ids]
+        if slots:
+            self._tables.append(slots, [ids for ids in token_ids if ids])
+
+    def _score_prompts(self, plan: StepPlan, rows: StepRows, hidden_TD: Tensor) -> list[list[TokenLogprobs] | None]:
+        """Log-probabilities of the prompt tokens that this chunk predicts."""
+        scores: list[list[TokenLogprobs] | None] = [None] * len(plan.slots)
+        for i, slot in enumerate(plan.slots):
+            prompt_len = self._prompt_logprobs.get(slot, 0)
+            first = plan.num_computed[i]
+            count = min(plan.num_scheduled[i], prompt_len - 1 - first)
+            if count > 0:
+                start = int(rows.query_start_R1[i])
+                scores[i] = self._score_rows(slot, hidden_TD[start : start + count], first + 1)
+        return scores
+
+    def _score_rows(self, slot: int, hidden_TD: Tensor, first: int) -> list[TokenLogprobs]:
+        scores: list[TokenLogprobs] = []
+        for chunk in hidden_TD.split(PROMPT_LOGPROBS_CHUNK):
+            start = first + len(scores)
+            targets = self._tables.tokens_SL[slot, start : start + len(chunk)]
+            scores += self._sampler.prompt_logprobs(slot, self._model.logits(chunk), targets)
+        return scores
+
+    def _propose(self, plan: StepPlan, token_ids: Sequence[list[int]]) -> list[list[int]]:
+        drafts: list[list[int]] = [[] for _ in plan.slots]
+        if self._spec_decoder is None:
+            return drafts
+        rows = [i for i, ids in enumerate(token_ids) if ids]
+        slots = [plan.slots[i] for i in rows]
+        proposal = self._spec_decoder.propose(self._spec_state(slots))
+        self._draft_probs = self._sampler.keep_draft_probs(slots, proposal)
+        for i, ids in zip(rows, proposal.token_ids, strict=True):
+            drafts[i] = ids
+        return drafts
+
+    def _spec_state(self, slots: Sequence[int]) -> SpecState:
+        raise NotImplementedError(Any, slots)

@@ -1,0 +1,164 @@
+"""Slots: one fixed row per request in the device tables, updated by small diffs, gathered by index each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dovetail.contracts.attention import StepTensors
+from dovetail.contracts.platform import Bucket
+from dovetail.messages import NULL_BLOCK, NewRow, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """Host-side index arithmetic of one plan.
+
+    Attributes:
+        slots_R: slot of each request.
+        positions_T: position of each token in its request.
+        request_T: which request each token belongs to.
+        query_start_R1: first token of each request, and the total.
+        logits_rows_S: rows that need logits: the last ``1 + drafts`` of each request that samples.
+    """
+
+    slots_R: np.ndarray
+    positions_T: np.ndarray
+    request_T: np.ndarray
+    query_start_R1: np.ndarray
+    seq_lens_R: np.ndarray
+    logits_rows_S: np.ndarray
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> StepRows:
+        """Expand the plan's columns; vectorised over requests."""
+        slots_R = np.array(plan.slots, dtype=np.int64)
+        computed_R = np.array(plan.num_computed, dtype=np.int64)
+        scheduled_R = np.array(plan.num_scheduled, dtype=np.int64)
+        query_start_R1 = np.zeros(len(slots_R) + 1, dtype=np.int64)
+        np.cumsum(scheduled_R, out=query_start_R1[1:])
+        request_T = np.repeat(np.arange(len(slots_R)), scheduled_R)
+        positions_T = np.arange(query_start_R1[-1]) + (computed_R - query_start_R1[:-1])[request_T]
+        return cls(
+            slots_R=slots_R,
+            positions_T=positions_T,
+            request_T=request_T,
+            query_start_R1=query_start_R1,
+            seq_lens_R=computed_R + scheduled_R,
+            logits_rows_S=_logits_rows(plan, query_start_R1),
+        )
+
+
+def _logits_rows(plan: StepPlan, query_start_R1: np.ndarray) -> np.ndarray:
+    samples = np.array(plan.samples, dtype=bool)
+    ends = query_start_R1[1:][samples]
+    if not any(plan.drafts):
+        return ends - 1
+    counts = np.array([1 + len(d) for d, s in zip(plan.drafts, plan.samples, strict=True) if s], dtype=np.int64)
+    first = np.repeat(ends - counts, counts)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return first + within
+
+
+class SlotTables:
+    """Device tables of every request in a slot.
+
+    Attributes:
+        tokens_SL: int64 ``[max_num_seqs, max_model_len + 1]`` known tokens: prompt, output, then drafts in flight.
+        num_tokens_S: int64 verified tokens of each slot (host).
+        block_tables: per KV group int32 ``[max_num_seqs, blocks per sequence]`` (device).
+    """
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int, device: torch.device) -> None:
+        self._block_size = block_size
+        self._device = device
+        self.tokens_SL = torch.zeros(max_num_seqs, max_model_len + 1, dtype=torch.int64, device=device)
+        self.num_tokens_S = np.zeros(max_num_seqs, dtype=np.int64)
+        blocks = -(-max_model_len // block_size)
+        shape = (max_num_seqs, blocks)
+        self.block_tables = [torch.full(shape, NULL_BLOCK, dtype=torch.int32, device=device) for _ in range(num_groups)]
+
+    def apply(self, plan: StepPlan) -> None:
+        """Apply the plan's diffs: rows that enter, blocks that were added, drafts to verify."""
+        for row in plan.new_rows:
+            self._enter(row)
+        for slot, group, first, block_ids in plan.block_updates:
+            ids = torch.tensor(block_ids, dtype=torch.int32)
+            self.block_tables[group][slot, first : first + len(block_ids)] = ids.to(self._device)
+        for slot, drafts in zip(plan.slots, plan.drafts, strict=True):
+            if drafts:
+                self._write(slot, int(self.num_tokens_S[slot]), drafts)
+
+    def append(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> None:
+        """Append verified tokens, one list per slot."""
+        if all(len(ids) == 1 for ids in token_ids):
+            rows = torch.tensor(slots, device=self._device)
+            columns = torch.from_numpy(self.num_tokens_S[slots]).to(self._device)
+            self.tokens_SL[rows, columns] = torch.tensor(token_ids, device=self._device)[:, 0]
+            self.num_tokens_S[slots] += 1
+            return
+        for slot, ids in zip(slots, token_ids, strict=True):
+            self._write(slot, int(self.num_tokens_S[slot]), ids)
+            self.num_tokens_S[slot] += len(ids)
+
+    def step_tensors(self, rows: StepRows, bucket: Bucket, num_logits: int) -> StepTensors:
+        """Gather one step's tables, padded to the bucket and to ``num_logits`` rows of logits."""
+        max_seq_len = int(rows.seq_lens_R.max())
+        query_len = int((rows.query_start_R1[1:] - rows.query_start_R1[:-1]).max())
+        slots_R = self._pad(rows.slots_R, bucket.num_requests)
+        slots_T = self._pad(rows.slots_R[rows.request_T], bucket.num_tokens)
+        positions_T = self._pad(rows.positions_T, bucket.num_tokens)
+        num_pages = -(-max_seq_len // self._block_size) if bucket.num_requests == len(rows.slots_R) else None
+        total = int(rows.query_start_R1[-1])
+        return StepTensors(
+            token_ids_T=self.tokens_SL[slots_T, positions_T],
+            positions_T=positions_T,
+            query_start_R1=self._pad(rows.query_start_R1, bucket.num_requests + 1, fill=total).to(torch.int32),
+            seq_lens_R=self._pad(rows.seq_lens_R, bucket.num_requests).to(torch.int32),
+            block_tables=[table[slots_R, :num_pages] for table in self.block_tables],
+            slot_mapping=[self._slot_mapping(table, slots_T, positions_T, total) for table in self.block_tables],
+            logits_rows_S=self._pad(rows.logits_rows_S, num_logits),
+            max_query_len=query_len,
+            max_seq_len=max_seq_len,
+        )
+
+    def padding_step(self, bucket: Bucket, num_logits: int) -> StepTensors:
+        """A step of padding alone: what warm-up compiles and runs."""
+        zeros_T = self._pad(np.zeros(0, dtype=np.int64), bucket.num_tokens)
+        zeros_R = self._pad(np.zeros(0, dtype=np.int64), bucket.num_requests)
+        return StepTensors(
+            token_ids_T=zeros_T,
+            positions_T=zeros_T,
+            query_start_R1=self._pad(np.zeros(1, dtype=np.int64), bucket.num_requests + 1).to(torch.int32),
+            seq_lens_R=zeros_R.to(torch.int32),
+            block_tables=[torch.full_like(table[zeros_R], NULL_BLOCK) for table in self.block_tables],
+            slot_mapping=[zeros_T for _ in self.block_tables],
+            logits_rows_S=self._pad(np.zeros(0, dtype=np.int64), num_logits),
+            max_query_len=0,
+            max_seq_len=0,
+        )
+
+    def _slot_mapping(self, table: Tensor, slots_T: Tensor, positions_T: Tensor, total: int) -> Tensor:
+        blocks_T = table[slots_T, positions_T // self._block_size].to(torch.int64)
+        mapping_T = blocks_T * self._block_size + positions_T % self._block_size
+        mapping_T[total:] = NULL_BLOCK * self._block_size
+        return mapping_T
+
+    def _enter(self, row: NewRow) -> None:
+        self._write(row.slot, 0, row.token_ids)
+        self.num_tokens_S[row.slot] = len(row.token_ids)
+        for table, block_ids in zip(self.block_tables, row.block_ids, strict=True):
+            table[row.slot].fill_(NULL_BLOCK)
+            table[row.slot, : len(block_ids)] = torch.tensor(block_ids, dtype=torch.int32).to(self._device)
+
+    def _write(self, slot: int, start: int, token_ids: Sequence[int]) -> None:
+        self.tokens_SL[slot, start : start + len(token_ids)] = torch.tensor(token_ids).to(self._device)
+
+    def _pad(self, values: np.ndarray, size: int, fill: int = 0) -> Tensor:
+        if len(values) < size:
+            values = np.concatenate([values, np.full(size - len(values), fill, dtype=np.int64)])
+        return torch.from_numpy(values).to(self._device)
