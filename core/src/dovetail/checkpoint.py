@@ -123,22 +123,14 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     wanted = f"{model} (revision {revision})" if revision else model
     try:
         folder = snapshot_download(model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
-    # the hub's own errors derive from OSError and ValueError, the network's from httpx.HTTPError or OSError
-    except (OSError, HFValidationError, *_transport_errors()) as error:
+    except Exception as error:
+        details = str(error).strip().splitlines() or ["no details"]
         raise ConfigError(
-            f"There is no folder {model}, and the hub model {wanted} cannot be had: "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'} "
+            f"There is no folder {model}, and the hub model {wanted} cannot be had: {type(error).__name__}: {details[0]} "
             "Check the name, the network, and HF_TOKEN for gated models; or name a local folder."
         ) from error
     return locate(folder)
-
-
-def _transport_errors() -> tuple[type[Exception], ...]:
-    import httpx
-
-    return (httpx.HTTPError,)
