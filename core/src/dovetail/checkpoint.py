@@ -56,9 +56,13 @@ def locate(model: str, revision: str | None = None) -> Path:
             )
         return path
     if path.is_file():
-        raise ConfigError(f"{model} is a file; name the checkpoint's folder, which holds config.json and .safetensors files.")
+        raise ConfigError(
+            f"{model} is a file; name the checkpoint's folder, which holds config.json and .safetensors."
+        )
     if not _HUB_ID.fullmatch(model):
-        raise ConfigError(f"There is no folder {model}, and it is no hub id (owner/name) either. Check the path.")
+        raise ConfigError(
+            f"There is no folder {model}, and it is no hub id (owner/name) either. Check the path."
+        )
     return _download(model, revision)
 
 
@@ -71,7 +75,9 @@ def demo(location: str) -> Path:
     package, _, folder = location.partition(":")
     path = Path(str(files(package))) / folder
     if not (path / "config.json").is_file():
-        raise ConfigError(f"The demo model {location} is missing from its package (looked in {path}); reinstall the package.")
+        raise ConfigError(
+            f"The demo model {location} is missing from its package (looked in {path}); reinstall it."
+        )
     return path
 
 
@@ -85,7 +91,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def eos_token_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The tokens that end a sequence: generation_config.json's, else config.json's; none if neither names one.
+    """The tokens that end a sequence: generation_config.json's, else config.json's, else none.
 
     Raises:
         ConfigError: the entry is neither a token id nor a list of them.
@@ -104,7 +110,9 @@ def eos_token_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
             continue
         ids = value if isinstance(value, list) else [value]
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-            raise ConfigError(f"eos_token_id in {path / file} is {value!r}; it must be a token id or a list of them.")
+            raise ConfigError(
+                f"eos_token_id in {path / file} is {value!r}; it must be a token id or a list of them."
+            )
         return tuple(ids)
     return ()
 
@@ -126,11 +134,14 @@ def _download(model: str, revision: str | None) -> Path:
 
     wanted = f"{model} (revision {revision})" if revision else model
     try:
-        folder = snapshot_download(model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        folder = snapshot_download(
+            model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+        )
     except Exception as error:
         details = str(error).strip().splitlines() or ["no details"]
         raise ConfigError(
-            f"There is no folder {model}, and the hub model {wanted} cannot be had: {type(error).__name__}: {details[0]} "
+            f"There is no folder {model}, and the hub model {wanted} cannot be had: "
+            f"{type(error).__name__}: {details[0]} "
             "Check the name, the network, and HF_TOKEN for gated models; or name a local folder."
         ) from error
     return locate(folder)

@@ -1,8 +1,8 @@
 """The resolver: what the user asks for × what is installed × what machine and model are → one configuration.
 
-Every part has candidates in a declared order; each is taken, or rejected with its reasons. All obstacles are collected
-before anything is refused, so that one look shows everything that has to change. ``auto`` picks by declared order
-and priority alone, and every decision can be explained.
+Every part has candidates in a declared order; each is taken, or rejected with its reasons. All obstacles are
+collected before anything is refused, so that one look shows everything that has to change. ``auto`` picks by
+declared order and priority alone, and every decision can be explained.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=Manifest)
 GIB = 2**30
+PLAIN = "none"
+"""The quantization method of plain weights."""
 
 _logger = logging.getLogger("dovetail.resolver")
 
@@ -111,13 +113,13 @@ class Decision(Generic[M]):
     def refuse_rejected(self, headline: str) -> None:
         """Nobody was taken: turn every candidate's reasons into obstacles."""
         for entry, reasons in self.rejected:
-            self.obstacles.extend(f"{headline} {entry.name!r} of {entry.distribution}: {reason}" for reason in reasons)
+            self.obstacles.extend(
+                f"{headline} {entry.name!r} of {entry.distribution}: {reason}" for reason in reasons
+            )
 
-    @property
-    def selection(self) -> Selection | None:
-        """The decision in the configuration's terms."""
-        if self.entry is None:
-            return None
+    def selection(self) -> Selection:
+        """The decision in the configuration's terms; only once it is taken."""
+        assert self.entry is not None
         return Selection(
             name=self.entry.name,
             target=self.entry.target,
@@ -130,10 +132,12 @@ class Decision(Generic[M]):
         """The decision in the explanation's terms."""
         return Part(
             part=self.part,
-            chosen=self.selection,
+            chosen=None if self.entry is None else self.selection(),
             plugin=None if self.entry is None else self.entry.plugin,
             rejected=tuple(
-                Rejected(name=entry.name, plugin=entry.plugin, distribution=entry.distribution, reasons=reasons)
+                Rejected(
+                    name=entry.name, plugin=entry.plugin, distribution=entry.distribution, reasons=reasons
+                )
                 for entry, reasons in self.rejected
             ),
         )
@@ -182,24 +186,23 @@ def explain(options: EngineOptions, registries: Registries) -> Explanation:
 
     decisions: tuple[Decision[Any], ...] = (platform, model, attention, quant, speculation)
     for decision in decisions:
-        for line in decision.broken:
+        for line in decision.broken if decision.entry is not None else ():
             _logger.warning("%s It is passed over.", line)
     reasons = [reason for decision in decisions for reason in decision.obstacles]
     reasons += [*dtype_obstacles, *length_obstacles]
     config = None
     if not reasons:
-        assert platform.selection and model.selection and attention.selection and quant.selection
-        assert facts is not None
+        assert facts is not None, "no reasons, so every part is decided"
         assert dtype is not None
         config = EngineConfig(
             model_path=str(path),
             model_name=name,
             hf_config=hf_config,
-            model=model.selection,
-            platform=platform.selection,
-            attention=attention.selection,
-            quant=quant.selection,
-            spec_decoder=speculation.selection,
+            model=model.selection(),
+            platform=platform.selection(),
+            attention=attention.selection(),
+            quant=quant.selection(),
+            spec_decoder=None if speculation.entry is None else speculation.selection(),
             dtype=dtype,
             kv_dtype=_kv_dtype(options, dtype),
             vocab_size=facts.vocab_size,
@@ -230,7 +233,9 @@ def _platform(options: EngineOptions, registries: Registries) -> Decision[Platfo
     """The named platform if this machine has it, or else the available one of highest priority."""
     decision: Decision[PlatformManifest] = Decision(part="platform")
     auto = options.platform == "auto"
-    candidates = registries.platforms.ranked() if auto else _named(registries.platforms, options.platform, decision)
+    candidates = (
+        registries.platforms.ranked() if auto else _named(registries.platforms, options.platform, decision)
+    )
     for entry in candidates:
         if decision.entry is not None:
             decision.reject(entry, f"{decision.entry.name!r} comes first")
@@ -242,7 +247,9 @@ def _platform(options: EngineOptions, registries: Registries) -> Decision[Platfo
         if probe:
             decision.reject(entry, f"not available here: {probe}")
         else:
-            decision.take(entry, cls, "available here, highest priority" if auto else "asked for with --platform")
+            decision.take(
+                entry, cls, "available here, highest priority" if auto else "asked for with --platform"
+            )
     if decision.entry is None:
         if auto and not candidates:
             decision.obstacles.append("No platform is registered; reinstall dovetail-core, which brings one.")
@@ -264,7 +271,7 @@ def _probe(cls: Any) -> str:
 def _model(
     hf_config: Mapping[str, Any], registries: Registries, platform: Entry[PlatformManifest] | None
 ) -> tuple[Decision[ModelManifest], ModelFacts | None]:
-    """The family that serves the checkpoint's architecture; a platform's own version of it goes by priority."""
+    """The family that serves the checkpoint's architecture; a platform's own version goes by priority."""
     decision: Decision[ModelManifest] = Decision(part="model")
     facts = None
     architectures = hf_config.get("architectures") or []
@@ -304,7 +311,8 @@ def _unknown_architecture(architectures: Sequence[str], models: Registry[ModelMa
     known = sorted({architecture for entry in models for architecture in entry.manifest.architectures})
     return " ".join(
         [
-            f"No installed plugin serves the architecture {', '.join(architectures)}.{nearest(architectures[0], known)}",
+            f"No installed plugin serves the architecture {', '.join(architectures)}."
+            f"{nearest(architectures[0], known)}",
             f"Served: {', '.join(known) or 'none'}. Install the distribution that brings it;",
             "`dovetail plugins` lists what is installed.",
             *models.hints,
@@ -335,6 +343,8 @@ def _dtype(
         dtype = str(chip.default_dtype(facts.dtype)).removeprefix("torch.")
     except DovetailError as error:
         return None, [str(error)]
+    except Exception as error:  # noqa: BLE001  the plugin's failure, and the reason to refuse
+        return None, [f"{owner} failed to start: {type(error).__name__}: {error}; choose another --platform."]
     if dtype not in supported:
         return None, [
             f"{owner} answers --dtype auto with {dtype}, which its own manifest does not list; "
@@ -379,10 +389,11 @@ def _attention(
         decision.refuse_rejected("attention backend")
         if platform is not None and auto and not candidates:
             decision.obstacles.append(
-                f"platform {platform.name!r} lists attention backends {', '.join(listed) or 'none'}, but none of them is "
-                f"registered; name one with --attention: {', '.join(registries.attention.names()) or 'none'}."
+                f"platform {platform.name!r} lists attention backends {', '.join(listed) or 'none'}, but "
+                "none of them is registered; name one with --attention. "
+                f"Registered: {', '.join(registries.attention.names()) or 'none'}."
             )
-    if auto:
+    if auto and platform is not None:
         for entry in registries.attention.ranked():
             if entry not in candidates:
                 decision.reject(entry, "not among the platform's backends; ask for it with --attention")
@@ -407,9 +418,11 @@ def _attention_gaps(
         yield f"does not accept {dtype}; choose --dtype {_either(manifest.dtypes)}, or {other}."
     kv_dtype = options.kv_cache_dtype
     if kv_dtype not in manifest.kv_dtypes and not (kv_dtype == dtype and "auto" in manifest.kv_dtypes):
-        yield f"cannot store the KV cache as {kv_dtype}; choose --kv-cache-dtype {_either(manifest.kv_dtypes)}, or {other}."
+        choices = _either(manifest.kv_dtypes)
+        yield f"cannot store the KV cache as {kv_dtype}; choose --kv-cache-dtype {choices}, or {other}."
     if manifest.block_sizes and options.block_size not in manifest.block_sizes:
-        yield f"has no {options.block_size}-token blocks; choose --block-size {_either(manifest.block_sizes)}, or {other}."
+        choices = _either(manifest.block_sizes)
+        yield f"has no {options.block_size}-token blocks; choose --block-size {choices}, or {other}."
     if options.speculative_config is not None and not manifest.verify:
         yield f"cannot verify drafts; leave out --speculative-config, or {other}."
     if facts is None:
@@ -437,65 +450,58 @@ def _quantization(
     """The method that reads the checkpoint's weights, or quantizes plain ones on load."""
     decision: Decision[QuantManifest] = Decision(part="quantization")
     section = hf_config.get("quantization_config")
-    name = options.quantization
-    if section is None and name is None:
-        name, why = "none", "the checkpoint's weights are plain"
-    elif name is not None:
+    method = section.get("quant_method") if isinstance(section, Mapping) else section
+    if options.quantization is not None:
         why = "asked for with --quantization"
+        candidates = _named(registries.quant, options.quantization, decision)
+    elif section is None:
+        why = "the checkpoint's weights are plain"
+        candidates = _named(registries.quant, PLAIN, decision)
     else:
         why = "recognises the checkpoint's quantization_config"
-    candidates = _named(registries.quant, name, decision) if name is not None else registries.quant.ranked()
+        candidates = [e for e in registries.quant.ranked() if method in e.manifest.checkpoint_methods]
+        if not candidates:
+            hints = " ".join(registries.quant.hints)
+            decision.obstacles.append(
+                f"The checkpoint is quantized with {method!r}, which no installed plugin can read. "
+                f"Install the distribution that brings it, or use an unquantized checkpoint. {hints}".rstrip()
+            )
     for entry in candidates:
-        gap = _quant_gap(entry, section, dtype)
-        if gap:
-            decision.reject(entry, gap)
-            continue
         if decision.entry is not None:
             decision.reject(entry, f"{decision.entry.name!r} comes first")
+            continue
+        gap = _quant_gap(entry.manifest, section, method, dtype)
+        if gap:
+            decision.reject(entry, gap)
             continue
         cls = _load(entry, "dovetail.contracts.quant:QuantMethod", decision)
         if cls is None:
             continue
         if section is not None and not cls.recognises(section):
-            decision.reject(entry, f"does not recognise the checkpoint's quantization_config {_brief(section)}.")
+            decision.reject(entry, f"does not recognise the checkpoint's {_brief(section)}.")
         else:
             decision.take(entry, cls, why)
     if decision.entry is None:
-        if name is None:
-            method = section.get("quant_method") if isinstance(section, Mapping) else section
-            decision.obstacles.append(
-                f"The checkpoint is quantized with {method!r}, which no installed plugin can read. Install the "
-                "distribution that brings it, or use an unquantized checkpoint. " + " ".join(registries.quant.hints)
-            )
         decision.refuse_rejected("quantization method")
     return decision
 
 
-def _quant_gap(entry: Entry[QuantManifest], section: Any, dtype: str | None) -> str:
+def _quant_gap(manifest: QuantManifest, section: Any, method: Any, dtype: str | None) -> str:
     """Why a method does not fit, judged by its manifest; empty if it may."""
-    manifest = entry.manifest
-    if section is None:
-        if manifest.name != "none" and not manifest.on_load:
-            return (
-                "cannot quantize an unquantized checkpoint while loading, and this one is unquantized; "
-                "leave out --quantization, or name a checkpoint in this format."
-            )
-    else:
-        method = section.get("quant_method") if isinstance(section, Mapping) else None
-        if manifest.name == "none":
-            return f"the checkpoint is quantized with {method!r}; leave out --quantization, or use an unquantized one."
-        if method not in manifest.checkpoint_methods:
-            return (
-                f"reads {', '.join(manifest.checkpoint_methods) or 'no quantized checkpoints'}, and this checkpoint is "
-                f"quantized with {method!r}; leave out --quantization."
-            )
+    if section is None and manifest.name != PLAIN and not manifest.on_load:
+        return (
+            "cannot quantize while loading, and this checkpoint is unquantized; leave out --quantization, or "
+            "name a checkpoint in this format."
+        )
+    if section is not None and method not in manifest.checkpoint_methods:
+        return f"cannot read this checkpoint, which is quantized with {method!r}; leave out --quantization."
     if dtype is not None and manifest.dtypes and dtype not in manifest.dtypes:
         return f"does not work with activations in {dtype}; choose --dtype {_either(manifest.dtypes)}."
     from dovetail.contracts.ops import OpTable
 
     unknown = sorted(manifest.ops - OpTable.names())
     if unknown:
-        return f"needs operations that this core does not have: {', '.join(unknown)}; install matching releases."
+        return f"needs operations that this core lacks: {', '.join(unknown)}; install matching releases."
     return ""
 
 
@@ -527,7 +533,9 @@ def _speculation(
     return decision, 0, {}
 
 
-def _speculation_gaps(manifest: SpecDecoderManifest, section: Mapping[str, Any], drafts: Any) -> Iterable[str]:
+def _speculation_gaps(
+    manifest: SpecDecoderManifest, section: Mapping[str, Any], drafts: Any
+) -> Iterable[str]:
     option = "--speculative-config"
     if not isinstance(drafts, int) or isinstance(drafts, bool) or drafts < 1:
         yield f"{option} has num_speculative_tokens {drafts!r}; give a whole number of at least 1."
@@ -535,7 +543,7 @@ def _speculation_gaps(manifest: SpecDecoderManifest, section: Mapping[str, Any],
     if manifest.needs_draft_model:
         known.append("model")
         if not section.get("model"):
-            yield f"{option}: method {manifest.name!r} needs a draft model; add \"model\": PATH_OR_HUB_ID."
+            yield f'{option}: method {manifest.name!r} needs a draft model; add "model": PATH_OR_HUB_ID.'
     for key in section:
         if key not in known:
             everything = ["method", "num_speculative_tokens", *dict.fromkeys(known)]
@@ -553,14 +561,14 @@ def _max_model_len(options: EngineOptions, facts: ModelFacts | None) -> tuple[in
     obstacles = []
     if length > facts.max_positions:
         obstacles.append(
-            f"--max-model-len {length} exceeds the {facts.max_positions} positions that the checkpoint was made for; "
-            f"choose at most {facts.max_positions}."
+            f"--max-model-len {length} exceeds the {facts.max_positions} positions that the checkpoint was "
+            f"made for; choose at most {facts.max_positions}."
         )
     if not options.enable_chunked_prefill and options.max_num_batched_tokens < length:
         obstacles.append(
             f"Without chunked prefill a prompt of up to {length} tokens must fit into one step, and "
-            f"--max-num-batched-tokens is {options.max_num_batched_tokens}; raise it, lower --max-model-len, or leave out "
-            "--no-enable-chunked-prefill."
+            f"--max-num-batched-tokens is {options.max_num_batched_tokens}; raise it, lower --max-model-len, "
+            "or leave out --no-enable-chunked-prefill."
         )
     return length, obstacles
 
@@ -575,7 +583,7 @@ def _named(registry: Registry[M], name: str, decision: Decision[Any]) -> list[En
 
 
 def _load(entry: Entry[Any], contract: str, decision: Decision[Any]) -> Any:
-    """The candidate's class, or None after rejecting it: it cannot be imported, or does not keep its contract."""
+    """The candidate's class, or None after rejecting it: it cannot be imported or breaks its contract."""
     module, _, name = contract.partition(":")
     base = getattr(import_module(module), name)
     try:
@@ -586,7 +594,7 @@ def _load(entry: Entry[Any], contract: str, decision: Decision[Any]) -> Any:
         if not (inspect.isclass(cls) and issubclass(cls, base)):
             problem = f"{entry.target} of {entry.owner} is not a subclass of {module}.{name}."
         elif inspect.isabstract(cls):
-            missing = ", ".join(sorted(cls.__abstractmethods__))
+            missing = ", ".join(sorted(name for name in dir(cls) if _is_abstract(cls, name)))
             problem = f"{entry.target} of {entry.owner} leaves methods of its contract undefined: {missing}."
         else:
             return cls
@@ -595,12 +603,14 @@ def _load(entry: Entry[Any], contract: str, decision: Decision[Any]) -> Any:
     return None
 
 
+def _is_abstract(cls: type, name: str) -> bool:
+    return getattr(inspect.getattr_static(cls, name), "__isabstractmethod__", False) is True
+
+
 def _either(values: Iterable[object]) -> str:
     return " or ".join(str(value) for value in values)
 
 
 def _brief(section: Any) -> str:
-    text = repr(section)
+    text = f"quantization_config {section!r}"
     return text if len(text) <= 120 else text[:117] + "..."
-
-

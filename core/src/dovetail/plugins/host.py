@@ -1,10 +1,10 @@
 """The plugin host: finds installed plugins, loads each on its own, and freezes what they register.
 
-A plugin is an entry point of group ``dovetail``. One that fails never takes another down: its failure is recorded
-with plugin, distribution, version and traceback, and nothing that it registered is kept.
+A plugin is an entry point of group ``dovetail``. One that fails never takes another down: its failure is
+recorded with plugin, distribution, version and traceback, and nothing that it registered is kept.
 
-``DOVETAIL_PLUGINS`` and ``DOVETAIL_DISABLE_PLUGINS`` act before import. The core's own plugin, ``builtin``, is always
-loaded: it holds the reference implementations that everything else is measured against.
+``DOVETAIL_PLUGINS`` and ``DOVETAIL_DISABLE_PLUGINS`` act before import. The core's own plugin, ``builtin``,
+is always loaded: it holds the reference implementations that everything else is measured against.
 """
 
 from __future__ import annotations
@@ -117,21 +117,33 @@ class PluginHost:
         return Discovery(registries, registries.plugins)
 
     def _check_lists(self, installed: Sequence[str]) -> None:
-        for variable, given in (("DOVETAIL_PLUGINS", self._allow or ()), ("DOVETAIL_DISABLE_PLUGINS", self._disable)):
+        for variable, given in (
+            ("DOVETAIL_PLUGINS", self._allow or ()),
+            ("DOVETAIL_DISABLE_PLUGINS", self._disable),
+        ):
             for name in given:
                 if name not in installed:
                     raise ConfigError(
-                        f"{variable} names {name!r}, but no such plugin is installed.{nearest(name, installed)} "
-                        f"Installed: {', '.join(sorted(installed)) or 'none'}."
+                        f"{variable} names {name!r}, but no such plugin is installed."
+                        f"{nearest(name, installed)} Installed: {', '.join(sorted(installed)) or 'none'}."
                     )
+        for name in self._disable:
+            if name in (self._allow or ()):
+                raise ConfigError(
+                    f"DOVETAIL_PLUGINS and DOVETAIL_DISABLE_PLUGINS both name {name!r}; take it off one."
+                )
         if BUILTIN in self._disable:
-            raise ConfigError(f"DOVETAIL_DISABLE_PLUGINS names {BUILTIN!r}, which cannot be switched off; remove it.")
+            raise ConfigError(
+                f"DOVETAIL_DISABLE_PLUGINS names {BUILTIN!r}, which cannot be switched off; remove it."
+            )
 
     def _load(self, point: EntryPoint, registries: Registries, earlier: PluginStatus | None) -> PluginStatus:
         distribution, version = _origin(point)
         asked = point.name in (self._allow or ())
 
-        def status(state: str, staged: Iterable[tuple[Hook, Entry[Any]]] = (), **details: str) -> PluginStatus:
+        def status(
+            state: str, staged: Iterable[tuple[Hook, Entry[Any]]] = (), **details: str
+        ) -> PluginStatus:
             return PluginStatus(
                 name=point.name,
                 distribution=distribution,
@@ -167,7 +179,7 @@ class PluginHost:
         version: str,
         staged: list[tuple[Hook, Entry[Any]]],
     ) -> None:
-        """Import one plugin and call its hooks, in a plugin manager of its own; ``staged`` tells what it registered."""
+        """Import one plugin and call its hooks, in a plugin manager of its own; fills ``staged``."""
         module = point.load()
         _check_functions(module)
         manager = pluggy.PluginManager(hookspecs.PROJECT)
@@ -180,13 +192,17 @@ class PluginHost:
 
             def register(manifest: Manifest, target: str, hook: Hook = hook) -> None:
                 entry: Entry[Any] = Entry(
-                    manifest=manifest, target=target, plugin=point.name, distribution=distribution, version=version
+                    manifest=manifest,
+                    target=target,
+                    plugin=point.name,
+                    distribution=distribution,
+                    version=version,
                 )
                 _check_registration(hook, entry)
                 registries.by_kind()[hook.kind].add(entry)
                 staged.append((hook, entry))
                 if self._trace:
-                    print(f"dovetail hook: {point.name}: + {hook.kind} {manifest.name} -> {target}", file=sys.stderr)  # noqa: T201
+                    _say(f"{point.name}: + {hook.kind} {manifest.name} -> {target}")
 
             getattr(manager.hook, hook.name)(register=register)
 
@@ -205,8 +221,8 @@ def _provides(staged: Iterable[tuple[Hook, Entry[Any]]]) -> dict[str, tuple[str,
 
 
 def _one_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    text = " ".join(line.strip() for line in str(error).splitlines()).strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _check_functions(module: Any) -> None:
@@ -216,7 +232,9 @@ def _check_functions(module: Any) -> None:
         PluginLoadError: a function's name begins like a hook's but is none, or it lacks ``@hookimpl``.
     """
     if not isinstance(module, ModuleType):
-        raise PluginLoadError(f"The entry point names {module!r}; it must name a module, without an attribute.")
+        raise PluginLoadError(
+            f"The entry point names {module!r}; it must name a module, without an attribute."
+        )
     known = [hook.name for hook in HOOKS]
     for name, function in vars(module).items():
         if not name.startswith("dovetail_") or not inspect.isfunction(function):
@@ -231,7 +249,7 @@ def _check_registration(hook: Hook, entry: Entry[Any]) -> None:
     manifest, target = entry.manifest, entry.target
     if not isinstance(manifest, hook.manifest):
         raise PluginLoadError(
-            f"{hook.name} registers {type(manifest).__name__} {manifest!r}; it must be a {hook.manifest.__name__}."
+            f"{hook.name} registers {manifest!r}; it must be a {hook.manifest.__name__}."
         )
     if not isinstance(manifest.name, str) or not _NAME.fullmatch(manifest.name):
         raise PluginLoadError(
@@ -239,23 +257,29 @@ def _check_registration(hook: Hook, entry: Entry[Any]) -> None:
         )
     if not isinstance(target, str) or not _TARGET.fullmatch(target):
         raise PluginLoadError(
-            f"{hook.name} registers {manifest.name!r} with target {target!r}; write it as 'package.module:Attribute'."
+            f"{hook.name} registers {manifest.name!r} with target {target!r}; "
+            "write it as 'package.module:Attribute'."
         )
     speaks = API_VERSIONS[hook.contract]
     if manifest.api != speaks:
         raise PluginLoadError(
-            f"{hook.name} registers {manifest.name!r} for version {manifest.api} of the {hook.contract} contract; this "
-            f"core speaks version {speaks}. Install a release of {entry.distribution} made for this dovetail-core."
+            f"{hook.name} registers {manifest.name!r} for version {manifest.api} of the {hook.contract} "
+            f"contract; this core speaks version {speaks}. "
+            f"Install a release of {entry.distribution} made for it."
         )
 
 
 def _trace(manager: pluggy.PluginManager, plugin: str) -> None:
     def before(hook: str, impls: Sequence[Any], arguments: Mapping[str, Any]) -> None:
         if impls:
-            print(f"dovetail hook: {plugin}: {hook}({', '.join(arguments)})", file=sys.stderr)  # noqa: T201
+            _say(f"{plugin}: {hook}({', '.join(arguments)})")
 
     after: Callable[..., None] = lambda *_: None  # noqa: E731
     manager.add_hookcall_monitoring(before, after)
+
+
+def _say(line: str) -> None:
+    print(f"dovetail hook: {line}", file=sys.stderr)  # noqa: T201
 
 
 def _warn_once(statuses: Iterable[PluginStatus]) -> None:

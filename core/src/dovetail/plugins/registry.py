@@ -1,7 +1,7 @@
 """Registries: everything that plugins registered, by kind and name, with its owner.
 
-Filled once at start-up by the plugin host, then frozen. They hold manifests and lazy targets, never the things
-themselves, so they cross process borders as bytes and importing this module imports nothing heavy.
+Filled once at start-up by the plugin host, then frozen. They hold manifests and lazy targets, never the
+things themselves, so they cross process borders as bytes and importing this module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Registry(msgspec.Struct, Generic[M], kw_only=True):
         """
         if self.frozen:
             raise PluginLoadError(
-                f"{entry.owner} registers {self.kind} {entry.name!r} after start-up; register it inside the hook."
+                f"{entry.owner} registers {self.kind} {entry.name!r} after start-up; do it inside the hook."
             )
         taken = self.entries.get(entry.name)
         if taken is not None:
@@ -153,7 +153,7 @@ class PluginStatus(msgspec.Struct, frozen=True, kw_only=True):
         asked: whether ``DOVETAIL_PLUGINS`` names it.
         error: one line, if it failed.
         traceback: the whole story, if it failed.
-        provides: per kind, the names that it registered; of a failed plugin, those it got to (all were dropped).
+        provides: per kind, the names that it registered; a failed plugin's were dropped again.
     """
 
     name: str
@@ -179,7 +179,9 @@ class Registries(msgspec.Struct, kw_only=True):
         default_factory=lambda: Registry(kind="attention backend")
     )
     models: Registry[ModelManifest] = msgspec.field(default_factory=lambda: Registry(kind="model family"))
-    quant: Registry[QuantManifest] = msgspec.field(default_factory=lambda: Registry(kind="quantization method"))
+    quant: Registry[QuantManifest] = msgspec.field(
+        default_factory=lambda: Registry(kind="quantization method")
+    )
     spec_decoders: Registry[SpecDecoderManifest] = msgspec.field(
         default_factory=lambda: Registry(kind="speculative method")
     )
