@@ -1,0 +1,74 @@
+"""Engine: requests in, tokens out, one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dovetail.config import EngineConfig
+from dovetail.contracts.executor import Executor, ExecutorInfo
+from dovetail.engine.validation import check_request
+from dovetail.errors import RequestError
+from dovetail.messages import EngineRequest, EngineStats, RequestOutputDelta
+from dovetail.scheduler.scheduler import Scheduler
+
+
+class Engine:
+    """Joins a scheduler and a loaded executor. Not thread-safe: one thread calls everything.
+
+    Args:
+        config: the resolved configuration.
+        executor: loaded; closed by :meth:`close`.
+        info: what its ``load`` returned.
+
+    Raises:
+        ConfigError: limits that contradict each other.
+    """
+
+    def __init__(self, config: EngineConfig, executor: Executor, info: ExecutorInfo) -> None:
+        self._config = config
+        self._executor = executor
+        self._scheduler = Scheduler(config, info)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            ContextLengthError: its prompt leaves no room for output.
+            RequestError: it could never run here, or its id is in use.
+        """
+        if self._scheduler.is_live(request.request_id):
+            message = f"Request id {request.request_id!r} is in use; choose another."
+            raise RequestError(message, param="request_id")
+        check_request(request, self._config, self._scheduler.kv)
+        self._scheduler.add(request)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """End requests at once and free what they hold; ids that are not live are ignored.
+
+        The next :meth:`step` reports each with finish reason ``"abort"``.
+        """
+        self._scheduler.abort(request_ids)
+
+    def step(self) -> list[RequestOutputDelta]:
+        """Compute one step; without work, return at once.
+
+        Raises:
+            Exception: whatever the executor raises; the engine is then dead.
+        """
+        plan = self._scheduler.plan()
+        if plan is None:
+            return self._scheduler.take_aborted()
+        result = self._executor.run(plan)
+        return self._scheduler.commit(plan, result)
+
+    def has_work(self) -> bool:
+        """Whether :meth:`step` has anything to do or to report."""
+        return self._scheduler.has_work()
+
+    def stats(self) -> EngineStats:
+        """Gauges now, and counters since the start."""
+        return self._scheduler.stats()
+
+    def close(self) -> None:
+        """Close the executor. Idempotent."""
+        self._executor.close()

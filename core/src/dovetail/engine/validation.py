@@ -1,0 +1,51 @@
+"""Whether a request can ever run on this engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dovetail.config import EngineConfig
+from dovetail.errors import ContextLengthError, RequestError
+from dovetail.kv.manager import KVCacheManager
+from dovetail.messages import EngineRequest
+from dovetail.scheduler.request import longest_length
+
+
+def check_request(message: EngineRequest, config: EngineConfig, kv: KVCacheManager) -> None:
+    """Check everything that would otherwise surface in the middle of a step.
+
+    Raises:
+        ContextLengthError: the prompt leaves no room for output. RequestError: an empty prompt, a token that
+        the model does not have, or a sequence larger than the KV cache.
+    """
+    prompt, params = message.prompt_token_ids, message.params
+    if not prompt:
+        raise RequestError("The prompt is empty; give at least one token.", param="prompt")
+    _check_tokens("prompt", prompt, config.vocab_size)
+    _check_tokens("stop_token_ids", params.stop_token_ids, config.vocab_size)
+    _check_tokens("allowed_token_ids", params.allowed_token_ids or (), config.vocab_size)
+    _check_tokens("logit_bias", params.logit_bias or (), config.vocab_size)
+    if len(prompt) >= config.max_model_len:
+        output = params.max_tokens or 1
+        raise ContextLengthError(
+            f"This model's maximum context length is {config.max_model_len} tokens. However, you requested "
+            f"{len(prompt) + output} tokens ({len(prompt)} in the prompt, {output} for the output). "
+            "Shorten the prompt.",
+            param="prompt",
+        )
+    length = longest_length(message, config.max_model_len)
+    needed, total = kv.most_blocks(length - 1), kv.pool.num_blocks - 1
+    if needed > total:
+        raise RequestError(
+            f"{length} tokens of prompt and output need {needed} KV blocks, and the cache has {total}. "
+            "Lower max_tokens, shorten the prompt, or start the server with a larger --kv-cache-memory.",
+            param="max_tokens",
+        )
+
+
+def _check_tokens(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    token_ids = list(token_ids)
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
+        message = f"{name} contains token {wrong}; this model's tokens are 0 to {vocab_size - 1}."
+        raise RequestError(message, param=name)

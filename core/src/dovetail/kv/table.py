@@ -1,0 +1,35 @@
+"""BlockTable: the blocks of one request."""
+
+from __future__ import annotations
+
+
+class BlockTable:
+    """One request's blocks and the hash chain of its tokens.
+
+    Attributes:
+        root: parent of the chain's first hash.
+        hashes: one per full block of known tokens; outlives preemption, so that nothing is hashed twice.
+        blocks: per KV group, one block id per page; all groups have equally many pages.
+        capacity: tokens that the pages can store.
+        num_held: blocks that are not null, over all groups.
+        num_cached: leading pages whose content was offered to the prefix cache.
+        num_slid: per KV group, leading pages that slid out of the window.
+    """
+
+    __slots__ = ("blocks", "capacity", "hashes", "num_cached", "num_held", "num_slid", "root")
+
+    def __init__(self, num_groups: int, root: bytes) -> None:
+        self.root = root
+        self.hashes: list[bytes] = []
+        self.blocks: list[list[int]] = [[] for _ in range(num_groups)]
+        self.capacity = 0
+        self.num_held = 0
+        self.num_cached = 0
+        self.num_slid = [0] * num_groups
+
+    def clear(self) -> None:
+        """Forget the blocks, keep the hashes."""
+        for ids in self.blocks:
+            ids.clear()
+        self.num_slid = [0] * len(self.blocks)
+        self.capacity = self.num_held = self.num_cached = 0
