@@ -153,13 +153,9 @@ def resolve(options: EngineOptions, registries: Registries) -> EngineConfig:
         ConfigError: the checkpoint cannot be found or read.
         ResolutionError: the request cannot be honoured; holds every reason.
     """
-    broken = [plugin for plugin in registries.plugins if plugin.asked and plugin.state == "failed"]
+    broken = _broken_plugins(registries)
     if broken:
-        lines = "\n".join(f"  - {plugin.owner}: {plugin.error}" for plugin in broken)
-        raise PluginLoadError(
-            f"DOVETAIL_PLUGINS asks for plugins that cannot be loaded:\n{lines}\n"
-            "Repair or uninstall them, or take them off the list; `dovetail plugins` shows the details."
-        )
+        raise PluginLoadError("\n".join(["Cannot start without plugins that were asked for:", *broken]))
     explanation = explain(options, registries)
     if explanation.config is None:
         raise ResolutionError(f"Cannot run {explanation.model_name} as asked:", explanation.reasons)
@@ -188,7 +184,8 @@ def explain(options: EngineOptions, registries: Registries) -> Explanation:
     for decision in decisions:
         for line in decision.broken if decision.entry is not None else ():
             _logger.warning("%s It is passed over.", line)
-    reasons = [reason for decision in decisions for reason in decision.obstacles]
+    reasons = _broken_plugins(registries)
+    reasons += [reason for decision in decisions for reason in decision.obstacles]
     reasons += [*dtype_obstacles, *length_obstacles]
     config = None
     if not reasons:
@@ -227,6 +224,16 @@ def explain(options: EngineOptions, registries: Registries) -> Explanation:
         reasons=tuple(reasons),
         config=config,
     )
+
+
+def _broken_plugins(registries: Registries) -> list[str]:
+    """Plugins that ``DOVETAIL_PLUGINS`` names and that failed."""
+    return [
+        f"DOVETAIL_PLUGINS names {plugin.owner}, which failed: {plugin.error} Repair it (`dovetail plugins` shows the "
+        "details), or take it off the list."
+        for plugin in registries.plugins
+        if plugin.asked and plugin.state == "failed"
+    ]
 
 
 def _platform(options: EngineOptions, registries: Registries) -> Decision[PlatformManifest]:

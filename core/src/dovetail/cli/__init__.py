@@ -1,0 +1,1 @@
+"""The command line. Every command lives in its own module, imported when it is called."""

@@ -1,0 +1,65 @@
+"""``--config FILE.yaml``: the same keys as the command line, checked as strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dovetail.errors import ConfigError
+from dovetail.plugins.registry import nearest
+
+
+def read(path: Path, known: Mapping[str, type]) -> dict[str, Any]:
+    """The values of a YAML file, by field name; dashes and underscores are the same.
+
+    Args:
+        known: the type of each key that the command takes.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown or given twice, or a value has the wrong type.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not YAML: {error}.") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"--config {path} holds a {type(content).__name__}; write `option: value` lines."
+        )
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise ConfigError(
+                f"--config {path} has the unknown key {key!r}.{nearest(name, known)} "
+                f"Known: {', '.join(known)}."
+            )
+        if name in values:
+            raise ConfigError(f"--config {path} gives {name} twice; keep one.")
+        values[name] = None if value is None else _checked(path, name, value, known[name])
+    return values
+
+
+def _checked(path: Path, name: str, value: Any, kind: type) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    right = isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool))
+    if not right:
+        raise ConfigError(f"--config {path}: {name} is {value!r}; it must be {_WORDS[kind]}.")
+    return value
+
+
+_WORDS: Mapping[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string (quote it if it looks like a number)",
+    dict: "a mapping",
+}

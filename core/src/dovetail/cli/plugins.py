@@ -1,0 +1,54 @@
+"""``dovetail plugins``."""
+
+from __future__ import annotations
+
+import json
+
+import click
+import msgspec
+
+from dovetail.cli.options import json_option
+from dovetail.plugins.host import PluginHost
+from dovetail.plugins.registry import PluginStatus
+
+_STYLES = {"loaded": "green", "failed": "red", "disabled": "yellow"}
+_NOUNS = {
+    "platforms": "platform",
+    "attention": "attention",
+    "models": "models",
+    "quant": "quantization",
+    "spec_decoders": "speculation",
+}
+
+
+@click.command()
+@json_option
+def plugins(as_json: bool) -> None:
+    """List installed plugins: what each provides, and why it failed if it did."""
+    found = PluginHost().discover(warn=False).plugins
+    if as_json:
+        click.echo(json.dumps({"plugins": [msgspec.to_builtins(plugin) for plugin in found]}, indent=2))
+        return
+    _print_table(found)
+
+
+def _print_table(found: tuple[PluginStatus, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table("plugin", "distribution", "version", "state", "provides")
+    for plugin in found:
+        state = Text(plugin.state, style=_STYLES[plugin.state])
+        provides = "" if plugin.state == "failed" else "\n".join(_provided(plugin))
+        table.add_row(plugin.name, plugin.distribution, plugin.version, state, Text(provides or "–"))
+    console.print(table)
+    for plugin in found:
+        if plugin.state == "failed":
+            console.print(Text(f"\n{plugin.owner} failed: {plugin.error}", style="red"))
+            console.print(Text(plugin.traceback or ""), soft_wrap=True)
+
+
+def _provided(plugin: PluginStatus) -> list[str]:
+    return [f"{_NOUNS[kind]}: {', '.join(names)}" for kind, names in plugin.provides.items()]
