@@ -60,7 +60,7 @@ class KVCacheManager:
         return pages
 
     def blocks_to_admit(self, table: BlockTable, num_known: int, num_pages: int) -> int:
-        """Free blocks that ``num_known`` tokens take, if the first ``num_pages`` pages come from the cache."""
+        """Free blocks that ``num_known`` tokens take, if ``num_pages`` pages come from the cache."""
         shared = sum(self.pool.in_use(block) for ids in self._prefix(table, num_pages) for block in ids)
         return self.most_blocks(num_known) - shared
 
@@ -115,7 +115,7 @@ class KVCacheManager:
         return updates
 
     def cache(self, table: BlockTable, token_ids: Sequence[int], num_verified: int) -> None:
-        """Offer later requests the full pages among the first ``num_verified`` (computed, accepted) tokens."""
+        """Offer later requests the full pages of the first ``num_verified`` (computed, accepted) tokens."""
         if not self._caching:
             return
         end = num_verified // self.block_size

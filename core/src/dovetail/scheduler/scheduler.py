@@ -47,8 +47,9 @@ class Scheduler:
     def __init__(self, config: EngineConfig, info: ExecutorInfo) -> None:
         if not config.enable_chunked_prefill and config.max_num_batched_tokens < config.max_model_len:
             raise ConfigError(
-                f"--max-num-batched-tokens is {config.max_num_batched_tokens}, but without chunked prefill a step "
-                f"must hold a whole prompt of --max-model-len {config.max_model_len}. Raise it, or enable chunked prefill."
+                f"--max-num-batched-tokens is {config.max_num_batched_tokens}, but without chunked prefill a "
+                f"step must hold a whole prompt of --max-model-len {config.max_model_len}. "
+                "Raise it, or enable chunked prefill."
             )
         self.kv = KVCacheManager(
             info,
@@ -83,7 +84,7 @@ class Scheduler:
         self._waiting.push(request)
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """End requests at once, whatever their state; unknown ids are ignored. Deltas come with the next commit."""
+        """End requests at once, in any state; unknown ids are ignored. Deltas come with the next commit."""
         now = time.time()
         for request_id in request_ids:
             request = self._requests.get(request_id)
