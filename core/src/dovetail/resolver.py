@@ -229,8 +229,8 @@ def explain(options: EngineOptions, registries: Registries) -> Explanation:
 def _broken_plugins(registries: Registries) -> list[str]:
     """Plugins that ``DOVETAIL_PLUGINS`` names and that failed."""
     return [
-        f"DOVETAIL_PLUGINS names {plugin.owner}, which failed: {plugin.error} Repair it (`dovetail plugins` shows the "
-        "details), or take it off the list."
+        f"DOVETAIL_PLUGINS names {plugin.owner}, which failed: {plugin.error} Repair it (`dovetail plugins` "
+        "shows the details), or take it off the list."
         for plugin in registries.plugins
         if plugin.asked and plugin.state == "failed"
     ]

@@ -30,9 +30,7 @@ def read(path: Path, known: Mapping[str, type]) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"--config {path} holds a {type(content).__name__}; write `option: value` lines."
-        )
+        raise ConfigError(f"--config {path} holds a {type(content).__name__}; write `option: value` lines.")
     values: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")

@@ -133,3 +133,8 @@ def arguments(options: EngineOptions) -> list[str]:
         else:
             words += [flag(field.name), json.dumps(value) if isinstance(value, Mapping) else str(value)]
     return words
+
+
+def as_arguments(options: EngineOptions) -> dict[str, Any]:
+    """The keyword arguments of ``LLM`` that give these options."""
+    return {field.name: getattr(options, field.name) for field in fields(options)}

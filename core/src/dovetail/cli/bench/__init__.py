@@ -1,0 +1,1 @@
+"""``dovetail bench``: measurements of this machine, offline and over HTTP."""
