@@ -158,6 +158,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         drafts: the speculator's proposals for the next step.
         logprobs: per request that asked, one entry per produced token; None elsewhere.
         prompt_logprobs: per request that asked, entries for prompt positions ``num_computed + 1 …`` of this chunk.
+        errors: column -> why that request cannot go on (its logits are NaN, say); it has no tokens.
     """
 
     step: int
@@ -165,6 +166,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     drafts: list[list[int]]
     logprobs: list[list[TokenLogprobs] | None]
     prompt_logprobs: list[list[TokenLogprobs] | None]
+    errors: dict[int, str] = {}
     extras: Extras = {}
     version: int = MESSAGES_VERSION
 

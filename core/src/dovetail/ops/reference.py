@@ -1,7 +1,8 @@
 """Reference operations: what every operation of the op table means, in plain torch on any device.
 
-They are oracles before they are fast: low-precision inputs are computed in float32 and rounded once at the end, float64
-inputs stay float64. Dimension letters are those of :mod:`dovetail.contracts`; ``A`` counts the experts of one token and ``E`` all experts.
+They are oracles before they are fast: low-precision inputs are computed in float32 and rounded once at the
+end, float64 inputs stay float64. Dimension letters are those of :mod:`dovetail.contracts`; ``A`` counts the
+experts of one token and ``E`` all experts.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
     """Add to the residual stream, then normalise it.
 
     Returns:
-        ``rms_norm(x + residual)`` and ``x + residual``, both in the dtype of ``x``; the norm reads the rounded sum.
+        ``rms_norm(x + residual)`` and ``x + residual``, both in the dtype of ``x``; the norm reads the
+        rounded sum.
     """
     residual_TD = x_TD + residual_TD
     return rms_norm(residual_TD, weight_D, eps), residual_TD
@@ -47,8 +49,8 @@ def rotary(q_THK: Tensor, k_TNK: Tensor, positions_T: Tensor, cos_sin_PK: Tensor
     Args:
         q_THK, k_TNK: ``[T, H, K]`` and ``[T, N, K]``.
         positions_T: row of ``cos_sin`` for each token.
-        cos_sin_PK: float32 ``[positions, rotary_dim]``: cosines in the first half, sines in the second. Elements of a
-            head beyond ``rotary_dim`` pass unchanged.
+        cos_sin_PK: float32 ``[positions, rotary_dim]``: cosines in the first half, sines in the second.
+            Elements of a head beyond ``rotary_dim`` pass unchanged.
     """
     cos_TK, sin_TK = cos_sin_PK[positions_T].unsqueeze(1).chunk(2, dim=-1)
     return _rotate(q_THK, cos_TK, sin_TK), _rotate(k_TNK, cos_TK, sin_TK)
@@ -105,13 +107,15 @@ def scaled_mm(
     return (product_TO * x_scale_T1 * weight_scale_O1.t()).to(out_dtype)
 
 
-def w4a16_mm(x_TI: Tensor, weight_packed: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> Tensor:
+def w4a16_mm(
+    x_TI: Tensor, weight_packed: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int
+) -> Tensor:
     """``x @ weightᵀ`` with 4-bit weights, scaled per group of input features.
 
     Args:
         x_TI: ``[T, I]``.
-        weight_packed: uint8 ``[O, I / 2]``: unsigned values 0..15, input feature ``2 j`` in the low half of byte ``j``
-            and ``2 j + 1`` in the high half.
+        weight_packed: uint8 ``[O, I / 2]``: unsigned values 0..15, input feature ``2 j`` in the low half of
+            byte ``j`` and ``2 j + 1`` in the high half.
         scales: ``[O, I / group_size]``.
         zeros: zero points in units of the packed values, ``[O, I / group_size]``; None means 8 everywhere.
         group_size: consecutive input features that share a scale; divides ``I``.
@@ -121,10 +125,10 @@ def w4a16_mm(x_TI: Tensor, weight_packed: Tensor, scales: Tensor, zeros: Tensor 
     """
     dtype = _wide_dtype(x_TI.dtype)
     values_OI = torch.stack([weight_packed & 0xF, weight_packed >> 4], dim=-1).flatten(1)
-    groups_OGI = values_OI.to(dtype).unflatten(1, (-1, group_size))
+    groups_OGI = values_OI.to(dtype).view(*scales.shape, group_size)
     zeros_OG1 = 8.0 if zeros is None else zeros.to(dtype).unsqueeze(-1)
     weight_OI = ((groups_OGI - zeros_OG1) * scales.to(dtype).unsqueeze(-1)).flatten(1)
-    return (x_TI.to(dtype) @ weight_OI.t()).to(x_TI.dtype)
+    return F.linear(x_TI.to(dtype), weight_OI).to(x_TI.dtype)
 
 
 def moe_experts(
@@ -160,8 +164,8 @@ def write_kv(
     Args:
         k_TNK, v_TNK: ``[T, N, K]``.
         k_cache_BPNK, v_cache_BPNK: ``[blocks, tokens per block, N, K]``; any dtype and strides.
-        slot_mapping_T: int64 ``block × tokens per block + offset`` of each token. Padding tokens share a place in
-            the null block, whose content is unspecified.
+        slot_mapping_T: int64 ``block × tokens per block + offset`` of each token. Padding tokens share a
+            place in the null block, whose content is unspecified.
     """
     block_size = k_cache_BPNK.shape[1]
     place = (slot_mapping_T // block_size, slot_mapping_T % block_size)
@@ -182,8 +186,9 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of a ragged batch over a paged cache (Kwon et al. 2023, arXiv:2309.06180).
 
-    Request ``r`` holds query tokens ``query_start[r] : query_start[r + 1]``, the last of its ``seq_lens[r]`` tokens,
-    whose keys and values are in the cache already. Query head ``h`` reads key/value head ``h // (H / N)``.
+    Request ``r`` holds query tokens ``query_start[r] : query_start[r + 1]``, the last of its ``seq_lens[r]``
+    tokens, whose keys and values are in the cache already. Query head ``h`` reads key/value head ``h // (H /
+    N)``.
 
     Args:
         q_THK: ``[T, H, K]``.
@@ -220,7 +225,7 @@ def _attend(
 ) -> Tensor:
     """Attention of one request's queries over its gathered keys and values."""
     dtype = _wide_dtype(q_THK.dtype)
-    q_TNGK = q_THK.to(dtype).unflatten(1, (k_LNK.shape[1], -1))
+    q_TNGK = q_THK.to(dtype).reshape(len(q_THK), k_LNK.shape[1], -1, k_LNK.shape[2])
     scores_NGTL = torch.einsum("tngk,lnk->ngtl", q_TNGK, k_LNK.to(dtype)) * scale
     if soft_cap is not None:
         scores_NGTL = soft_cap * torch.tanh(scores_NGTL / soft_cap)

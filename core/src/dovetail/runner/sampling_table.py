@@ -1,0 +1,62 @@
+"""SamplingTable: sampling parameters by slot, written when a request enters, gathered by index each step."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dovetail.messages import NewRow
+from dovetail.ops.sampling import SamplingTensors
+from dovetail.runner.sample_rows import SampleRows
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this would overflow float32 logits; such a distribution is its most likely token."""
+
+
+class SamplingTable:
+    """Columns of device tensors, and host flags that decide which work a step can leave out."""
+
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._floats = torch.zeros(max_num_seqs, 3, dtype=torch.float32, device=device)
+        self._integers = torch.zeros(max_num_seqs, 2, dtype=torch.int64, device=device)
+        self._greedy = np.ones(max_num_seqs, dtype=bool)
+        self._filtered = np.zeros(max_num_seqs, dtype=bool)
+
+    def enter(self, row: NewRow) -> None:
+        """Write a request's parameters into its slot."""
+        params, slot = row.params, row.slot
+        greedy = params.temperature < GREEDY_BELOW
+        top_k = params.top_k if 0 < params.top_k < self._vocab_size else 0
+        floats = [0.0 if greedy else params.temperature, params.top_p, params.min_p]
+        self._floats[slot] = torch.tensor(floats).to(self._device)
+        self._integers[slot] = torch.tensor([top_k, _signed64(row.seed)]).to(self._device)
+        self._greedy[slot] = greedy
+        self._filtered[slot] = not greedy and (top_k > 0 or params.top_p < 1 or params.min_p > 0)
+
+    def gather(self, rows: SampleRows) -> SamplingTensors:
+        """The parameters of a step's rows."""
+        slots_S = torch.from_numpy(rows.slots_S).to(self._device)
+        temperature_S, top_p_S, min_p_S = self._columns(self._floats, slots_S)
+        top_k_S, seeds_S = self._columns(self._integers, slots_S)
+        return SamplingTensors(
+            temperature_S=temperature_S,
+            top_k_S=top_k_S,
+            top_p_S=top_p_S,
+            min_p_S=min_p_S,
+            seeds_S=seeds_S,
+            positions_S=torch.from_numpy(rows.positions_S).to(self._device),
+            all_greedy=bool(self._greedy[rows.slots_R].all()),
+            any_filter=bool(self._filtered[rows.slots_R].any()),
+        )
+
+    @staticmethod
+    def _columns(table: Tensor, slots_S: Tensor) -> tuple[Tensor, ...]:
+        return table[slots_S].unbind(1)
+
+
+def _signed64(seed: int) -> int:
+    """The seed's low 64 bits as a signed integer."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
