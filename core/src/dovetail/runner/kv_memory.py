@@ -22,7 +22,7 @@ def block_bytes(specs: Sequence[AttentionSpec], groups: Sequence[KVGroup], backe
     """
     sizes = {backend.page_bytes(spec) for spec in specs}
     if len(sizes) > 1:
-        raise ConfigError(f"The layers of this model need KV pages of {sorted(sizes)} bytes; one pool needs equal pages.")
+        raise ConfigError(f"The layers of this model need KV pages of {sorted(sizes)} bytes; they must be equal.")
     return sizes.pop() * max(len(group.layers) for group in groups)
 
 
@@ -42,15 +42,16 @@ def num_blocks(config: EngineConfig, bytes_per_block: int, groups: Sequence[KVGr
         budget = config.kv_cache_memory
         if budget > available:
             raise ConfigError(
-                f"--kv-cache-memory asks for {budget / GIB:.2f} GiB, but {available / GIB:.2f} GiB are free on the device. "
-                "Lower it, or free memory."
+                f"--kv-cache-memory asks for {budget / GIB:.2f} GiB, but {available / GIB:.2f} GiB are free on the "
+                "device. Lower it, or free memory."
             )
     blocks = budget // bytes_per_block
     if blocks < per_request + 1:
         needed = (per_request + 1) * bytes_per_block
         raise ConfigError(
-            f"One request of --max-model-len {config.max_model_len} needs {needed / GIB:.3f} GiB of KV cache, and the cache has "
-            f"{budget / GIB:.3f} GiB. Raise --kv-cache-memory by {(needed - budget) / GIB:.3f} GiB or lower --max-model-len."
+            f"One request of --max-model-len {config.max_model_len} needs {needed / GIB:.3f} GiB of KV cache, and the "
+            f"cache has {budget / GIB:.3f} GiB. Raise --kv-cache-memory by {(needed - budget) / GIB:.3f} GiB or lower "
+            "--max-model-len."
         )
     return blocks if config.kv_cache_memory is not None else min(blocks, wanted)
 

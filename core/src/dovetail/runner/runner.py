@@ -7,8 +7,8 @@ No Python loop over requests touches the device, and nothing waits for the devic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from dovetail.contracts.specdec import SpecDecoder, SpecState
 from dovetail.messages import StepPlan, StepResult, TokenLogprobs
 from dovetail.runner.sampler import Sampler
 from dovetail.runner.slots import SlotTables, StepRows
+from dovetail.runner.verify import DraftProbs
 
 PROMPT_LOGPROBS_CHUNK = 256
 """Rows of logits that are in memory at a time for prompt log-probabilities."""
@@ -57,7 +58,9 @@ class ModelRunner:
         self._num_speculative_tokens = num_speculative_tokens
         self._steps: dict[Bucket, StepFunction] = {}
         self._prompt_logprobs: dict[int, int] = {}
-        self._draft_probs: Tensor | None = None
+        self._temperature_S = torch.zeros(tables.max_num_seqs)
+        self._limit_S = np.zeros(tables.max_num_seqs, dtype=np.int64)
+        self._draft_probs: DraftProbs | None = None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -70,7 +73,7 @@ class ModelRunner:
         step = self._tables.step_tensors(rows, bucket, num_rows)
         hidden_TD, logits_SV = self._compiled(bucket)(step, self._metadata(step))
         prompt_logprobs = self._score_prompts(plan, rows, hidden_TD)
-        sampled = self._sampler.step(plan, logits_SV[: len(rows.logits_rows_S)], self._tables, self._draft_probs)
+        sampled = self._sampler.step(plan, logits_SV[: len(rows.logits_rows_S)], self._draft_probs)
         self._append(plan, sampled.token_ids)
         return StepResult(
             step=plan.step,
@@ -78,6 +81,7 @@ class ModelRunner:
             drafts=self._propose(plan, sampled.token_ids),
             logprobs=sampled.logprobs,
             prompt_logprobs=prompt_logprobs,
+            errors=sampled.errors,
         )
 
     @torch.inference_mode()
@@ -95,6 +99,9 @@ class ModelRunner:
         self._tables.apply(plan)
         for row in plan.new_rows:
             self._sampler.enter(row)
+            self._temperature_S[row.slot] = row.params.temperature
+            limit = row.params.max_tokens or self._tables.max_model_len
+            self._limit_S[row.slot] = min(row.prompt_len + limit, self._tables.max_model_len)
             if row.params.prompt_logprobs is not None:
                 self._prompt_logprobs[row.slot] = row.prompt_len
 
@@ -148,10 +155,18 @@ class ModelRunner:
         rows = [i for i, ids in enumerate(token_ids) if ids]
         slots = [plan.slots[i] for i in rows]
         proposal = self._spec_decoder.propose(self._spec_state(slots))
-        self._draft_probs = self._sampler.keep_draft_probs(slots, proposal)
+        self._draft_probs = DraftProbs.of(slots, proposal)
         for i, ids in zip(rows, proposal.token_ids, strict=True):
             drafts[i] = ids
         return drafts
 
     def _spec_state(self, slots: Sequence[int]) -> SpecState:
-        raise NotImplementedError(Any, slots)
+        num_tokens_S = self._tables.num_tokens_S
+        room = np.minimum(self._limit_S[slots] - num_tokens_S[slots] - 1, self._num_speculative_tokens)
+        return SpecState(
+            slots=slots,
+            tokens_SL=self._tables.tokens_SL,
+            num_tokens_S=torch.from_numpy(num_tokens_S),
+            temperature_S=self._temperature_S,
+            limit=np.maximum(room, 0).tolist(),
+        )

@@ -73,7 +73,11 @@ class SlotTables:
         block_tables: per KV group int32 ``[max_num_seqs, blocks per sequence]`` (device).
     """
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int, device: torch.device) -> None:
+    def __init__(
+        self, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int, device: torch.device
+    ) -> None:
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
         self._block_size = block_size
         self._device = device
         self.tokens_SL = torch.zeros(max_num_seqs, max_model_len + 1, dtype=torch.int64, device=device)

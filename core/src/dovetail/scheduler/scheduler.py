@@ -277,6 +277,8 @@ class Scheduler:
         if request.prompt_logprobs is not None:
             first = plan.num_computed[index] + 1
             _collect_prompt_logprobs(request.prompt_logprobs, first, result.prompt_logprobs[index])
+        if index in result.errors:
+            return self._fail(request, result.errors[index], now)
         if not new:
             self._cache(request)
             return None
@@ -291,6 +293,19 @@ class Scheduler:
         elif proposal := result.drafts[index]:
             request.drafts = proposal[: max(0, request.max_tokens - len(request.token_ids) - 1)]
         return delta
+
+    def _fail(self, request: Request, error: str, now: float) -> RequestOutputDelta:
+        """End a request that cannot go on."""
+        self._finish(request)
+        return RequestOutputDelta(
+            request_id=request.request_id,
+            new_token_ids=[],
+            finish_reason="error",
+            error=error,
+            num_cached_tokens=request.num_cached or 0,
+            num_preemptions=request.num_preemptions,
+            times=request.times(now),
+        )
 
     def _cache(self, request: Request) -> None:
         """Offer pages that became full; tokens after a stop in an accepted run are not the request's."""
