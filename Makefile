@@ -1,0 +1,43 @@
+# Every target sets up what is missing. `make help` lists them.
+BIN := .venv/bin
+READY := .venv/.installed
+# options for `make serve`, e.g. make serve ARGS="--port 9000 path/to/model"
+ARGS ?=
+
+.PHONY: help setup serve test test-all coverage check fix bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(READY) ## create .venv with every package, editable, and the developers' tools
+
+$(READY): scripts/setup constraints.txt requirements-dev.txt core/pyproject.toml $(wildcard core/setup.py) $(wildcard plugins/*/pyproject.toml)
+	scripts/setup
+
+serve: $(READY) ## serve the embedded demo model on 127.0.0.1:8000 (ARGS="…" adds options)
+	$(BIN)/dovetail serve $(ARGS)
+
+test: $(READY) ## the tests, without the slow ones
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test-all: $(READY) ## all tests
+	$(BIN)/python -m pytest -q $(ARGS)
+
+coverage: $(READY) ## the tests, with a report of lines not covered
+	$(BIN)/python -m pytest -q -m "not slow" --cov --cov-report=term $(ARGS)
+
+check: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: $(READY) ## repair what ruff can repair
+	$(BIN)/ruff check --fix .
+
+bench: $(READY) ## throughput, latency and start-up of the demo model on this machine
+	$(BIN)/dovetail bench throughput $(ARGS)
+	$(BIN)/dovetail bench latency $(ARGS)
+	$(BIN)/dovetail bench startup $(ARGS)
+
+clean: ## remove .venv and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
