@@ -1,0 +1,65 @@
+"""Self-attention around the engine's paged cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dovetail.contracts.attention import AttentionSpec
+from dovetail.contracts.model import ModelContext, StepAttention
+from dovetail.layers.linear import Linear, MergedLinear
+from dovetail.layers.norm import RMSNorm
+
+
+class SelfAttention(nn.Module):
+    """Projections, optional norms of queries and keys, rotary positions, attention, output projection.
+
+    Args:
+        context: what the model is built with.
+        name: dotted name of this module in the model.
+        layer: index of the layer, which selects its cache.
+        spec: heads and head size.
+        hidden_size: of the model.
+        cos_sin_PK: the rotary table.
+        qkv_bias, output_bias: which projections have a bias.
+        qk_norm_eps: normalise each head's queries and keys before the rotation, with this eps; None does not.
+    """
+
+    def __init__(
+        self,
+        context: ModelContext,
+        name: str,
+        layer: int,
+        spec: AttentionSpec,
+        hidden_size: int,
+        cos_sin_PK: Tensor,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm_eps: float | None = None,
+    ) -> None:
+        super().__init__()
+        heads, kv_heads, size = spec.num_heads, spec.num_kv_heads, spec.head_size
+        qkv = {"q": heads * size, "k": kv_heads * size, "v": kv_heads * size}
+        self.qkv_proj = MergedLinear(context, f"{name}.qkv_proj", hidden_size, qkv, bias=qkv_bias)
+        self.o_proj = Linear(context, f"{name}.o_proj", heads * size, hidden_size, bias=output_bias)
+        if qk_norm_eps is not None:
+            self.q_norm = RMSNorm(context, size, qk_norm_eps)
+            self.k_norm = RMSNorm(context, size, qk_norm_eps)
+        self._norms = None if qk_norm_eps is None else (self.q_norm.forward, self.k_norm.forward)
+        self._layer = layer
+        self._heads = [heads, kv_heads, kv_heads]
+        self._shape = (-1, heads + 2 * kv_heads, size)
+        self._cos_sin_PK = cos_sin_PK
+        self._rotary = context.ops.rotary
+        self._qkv = self.qkv_proj.forward
+        self._output = self.o_proj.forward
+
+    def forward(self, x_TD: Tensor, positions_T: Tensor, attend: StepAttention) -> Tensor:
+        """``[T, D]`` to ``[T, D]``."""
+        q_THK, k_TNK, v_TNK = torch.split(self._qkv(x_TD).view(self._shape), self._heads, dim=1)
+        if self._norms is not None:
+            q_norm, k_norm = self._norms
+            q_THK, k_TNK = q_norm(q_THK), k_norm(k_TNK)
+        q_THK, k_TNK = self._rotary(q_THK, k_TNK, positions_T, self._cos_sin_PK)
+        return self._output(attend(self._layer, q_THK, k_TNK, v_TNK))

@@ -1,0 +1,28 @@
+"""Token embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from dovetail.contracts.model import ModelContext
+from dovetail.contracts.quant import TensorSpec
+from dovetail.layers.block import Block
+
+
+class Embedding(Block):
+    """A table ``[V, D]``, one row per token of the vocabulary."""
+
+    def __init__(self, context: ModelContext, vocab_size: int, hidden_size: int) -> None:
+        super().__init__(context.device, {"weight": TensorSpec(shape=(vocab_size, hidden_size), dtype=context.dtype)})
+        self._embedding = context.ops.embedding
+        self._table_VD: Tensor | None = None
+
+    def accept(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the table as it is: rows are read from it directly."""
+        self._table_VD = tensors["weight"]
+
+    def forward(self, token_ids_T: Tensor) -> Tensor:
+        """Rows ``[T, D]`` of the table."""
+        return self._embedding(token_ids_T, self._table_VD)

@@ -1,0 +1,269 @@
+"""Filling a model from a checkpoint folder.
+
+All names and shapes are checked before the first byte is copied. Then tensors stream from the mapped files into their
+final place and dtype, and each layer is packed as soon as its last tensor is in place, so that memory peaks at the
+weights plus one layer. Tensors that make up a large part of the checkpoint go first, while the rest takes no
+memory yet; the others follow in file order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dovetail.contracts.executor import Progress
+from dovetail.contracts.model import Model, WeightTable
+from dovetail.contracts.quant import TensorSpec
+from dovetail.errors import ModelLoadError
+from dovetail.layers.block import Block
+from dovetail.runner.tensor_file import StoredTensor, TensorFile
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHOWN = 10
+"""Names listed in an error before it says how many more there are."""
+LARGE_SHARE = 32
+"""A tensor above one part in this many of the checkpoint loads first."""
+
+
+def load_weights(model: Model, path: Path, progress: Progress) -> None:
+    """Fill every block of ``model`` from the safetensors files in ``path``; the model is ready to run afterwards.
+
+    Args:
+        model: as constructed.
+        path: folder with ``model.safetensors``, or shards and ``model.safetensors.index.json``.
+        progress: receives stage ``"load"`` in bytes of the files.
+
+    Raises:
+        ModelLoadError: files are missing or corrupt; or tensors are missing, unexpected, doubled or misshapen, with
+            their names.
+    """
+    plan = Plan(model)
+    for file in weight_files(path):
+        plan.add(TensorFile(file))
+    plan.check(path)
+    total = sum(move.stored.nbytes for move in plan.moves)
+    done = 0
+    filling = Filling(plan)
+    for move in sorted(plan.moves, key=lambda move: move.stored.nbytes <= total // LARGE_SHARE):
+        for nbytes in filling.copy(move):
+            done += nbytes
+            progress.update("load", done, total)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder.
+
+    Raises:
+        ModelLoadError: there are none, or the index is unreadable.
+    """
+    index = path / INDEX
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return [path / name for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ModelLoadError(f"{index} is unreadable ({reason}). Download it again.") from error
+    if (path / SINGLE).exists():
+        return [path / SINGLE]
+    found = ", ".join(sorted(file.name for file in path.glob("*"))[:SHOWN])
+    raise ModelLoadError(
+        f"{path} has neither {SINGLE} nor {INDEX} (it holds: {found or 'nothing'}). "
+        "Give a folder with safetensors weights; convert other formats first."
+    )
+
+
+class Target(NamedTuple):
+    """A tensor of the model: dotted name of its block, and the tensor's suffix."""
+
+    block: str
+    suffix: str
+
+    @classmethod
+    def of(cls, name: str) -> Target:
+        """Split a tensor's dotted name."""
+        block, _, suffix = name.rpartition(".")
+        return cls(block, suffix)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One tensor of a file, where it goes, and which shard of a merged layer it is (``""``: all of it)."""
+
+    file: TensorFile
+    stored: StoredTensor
+    target: Target
+    shard: str
+
+
+def map_name(name: str, table: WeightTable) -> tuple[Target, str]:
+    """Where a tensor of the checkpoint goes, and the shard that it fills (``""``: all of it)."""
+    for prefix in table.strip_prefixes:
+        name = name.removeprefix(prefix + ".")
+    parts = name.split(".")
+    shard = ""
+    for rename in table.renames:
+        if rename.pattern in parts:
+            parts[parts.index(rename.pattern)] = rename.into
+            shard = rename.shard or ""
+            break
+    return Target.of(".".join(parts)), shard
+
+
+class Plan:
+    """Matches the tensors of the files to those of the model.
+
+    Attributes:
+        blocks: the model's, by dotted name.
+        moves: what to copy, in file order.
+        ties: target -> the target whose tensor it shares.
+    """
+
+    def __init__(self, model: Model) -> None:
+        """Note what ``model`` expects.
+
+        Raises:
+            ModelLoadError: it holds parameters outside of blocks, which nothing would fill.
+        """
+        strays = [name for name, _ in model.named_parameters()]
+        if strays:
+            family = type(model).__name__
+            raise ModelLoadError(f"{family} holds plain parameters ({_listed(strays)}); keep them in a Block.")
+        self.blocks = {name: module for name, module in model.named_modules() if isinstance(module, Block)}
+        self.moves: list[Move] = []
+        self.ties: dict[Target, Target] = {}
+        self._table = model.weight_table()
+        self._open = {
+            Target(name, suffix): set(block.outputs) or {""}
+            for name, block in self.blocks.items()
+            for suffix in block.specs
+        }
+        self._unexpected: list[str] = []
+        self._unusable: list[str] = []
+
+    def add(self, file: TensorFile) -> None:
+        """Place every tensor of a file, and note those that have no place."""
+        for stored in file.tensors:
+            if any(part in stored.name for part in self._table.ignore):
+                continue
+            target, shard = map_name(stored.name, self._table)
+            label = f"{stored.name} ({file.path.name})"
+            if target not in self._open or (shard and shard not in self.blocks[target.block].outputs):
+                self._unexpected.append(label)
+                continue
+            self._unusable += (f"{label} {problem}" for problem in self._problems(stored, target, shard))
+            self._open[target] -= {shard} if shard else self._whole(target)
+            self.moves.append(Move(file, stored, target, shard))
+
+    def check(self, path: Path) -> None:
+        """Settle what was left out on purpose: optional and tied tensors.
+
+        Raises:
+            ModelLoadError: a tensor is missing, unexpected or unusable; names all that are.
+        """
+        tied = {Target.of(name): Target.of(source) for name, source in self._table.tied.items()}
+        missing: list[str] = []
+        for target, shards in self._open.items():
+            absent = shards == self._whole(target)
+            if absent and target in tied:
+                self.ties[target] = tied[target]
+            elif not (absent and self.spec(target).optional):
+                missing += (self._checkpoint_name(target, shard) for shard in sorted(shards))
+        problems = {"missing": missing, "unexpected": self._unexpected, "unusable": self._unusable}
+        lines = [f"  {len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
+        if lines:
+            headline = f"The tensors of {path} do not fit the model that its config.json describes:"
+            remedy = "Download the checkpoint again, or correct its config.json."
+            raise ModelLoadError("\n".join([headline, *lines, remedy]))
+
+    def spec(self, target: Target) -> TensorSpec:
+        """What the block expects."""
+        return self.blocks[target.block].specs[target.suffix]
+
+    def _whole(self, target: Target) -> set[str]:
+        return set(self.blocks[target.block].outputs) or {""}
+
+    def _problems(self, stored: StoredTensor, target: Target, shard: str) -> Iterator[str]:
+        spec = self.spec(target)
+        shape = list(spec.shape)
+        if shard and spec.output_dim is not None:
+            shape[spec.output_dim] = self.blocks[target.block].shard_range(target.suffix, shard)[1]
+        if list(stored.shape) != shape:
+            yield f"has shape {list(stored.shape)}, the model needs {shape}"
+        if stored.dtype.is_floating_point != spec.dtype.is_floating_point:
+            yield f"is {stored.dtype}, the model needs {spec.dtype}"
+        if not ({shard} if shard else self._whole(target)) <= self._open[target]:
+            yield "is there twice"
+
+    def _checkpoint_name(self, target: Target, shard: str) -> str:
+        parts = [*target.block.split("."), target.suffix]
+        for rename in self._table.renames:
+            if rename.into in parts and (rename.shard or "") == shard:
+                parts[parts.index(rename.into)] = rename.pattern
+                break
+        return ".".join(parts)
+
+
+class Filling:
+    """Copies tensors into place and finalizes each block when its last one is there."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._left = Counter(move.target.block for move in plan.moves) + Counter(tie.block for tie in plan.ties)
+        self._tensors: dict[str, dict[str, Tensor]] = {name: {} for name in plan.blocks}
+
+    def copy(self, move: Move) -> Iterator[int]:
+        """Copy one tensor piece by piece; yields the bytes of each.
+
+        Raises:
+            ModelLoadError: parts of a merged layer that share this tensor bring different values.
+        """
+        place, shared = self._place(move)
+        for row, piece in move.file.chunks(move.stored):
+            rows = place[row : row + len(piece)] if piece.shape else place
+            if shared and not torch.equal(rows, piece.to(rows)):
+                raise ModelLoadError(
+                    f"{move.stored.name} ({move.file.path}) differs from that of the other parts of "
+                    f"{move.target.block}, which are computed as one and share it."
+                )
+            rows.copy_(piece)
+            yield piece.nbytes
+        self._settle(move.target.block)
+
+    def _place(self, move: Move) -> tuple[Tensor, bool]:
+        """Where to copy to, allocated at first use, and whether another part of a merged layer has filled it."""
+        block, suffix = self._plan.blocks[move.target.block], move.target.suffix
+        spec = block.specs[suffix]
+        tensors = self._tensors[move.target.block]
+        first = suffix not in tensors
+        if first:
+            tensors[suffix] = torch.empty(spec.shape, dtype=spec.dtype, device=block.device)
+        if not move.shard:
+            return tensors[suffix], False
+        if spec.output_dim is None:
+            return tensors[suffix], not first
+        return tensors[suffix].narrow(spec.output_dim, *block.shard_range(suffix, move.shard)), False
+
+    def _settle(self, name: str) -> None:
+        self._left[name] -= 1
+        if self._left[name]:
+            return
+        tensors = self._tensors.pop(name)
+        self._plan.blocks[name].finalize(tensors)
+        for target, source in self._plan.ties.items():
+            if source.block == name:
+                self._tensors[target.block][target.suffix] = tensors[source.suffix]
+                self._settle(target.block)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,80 @@
+"""Reading config.json with errors that name the field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dovetail.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Fields:
+    """A checkpoint's config.json.
+
+    A field that is absent or null takes its default; without a default it is an error.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str = "config.json") -> None:
+        self._config = config
+        self._where = where
+
+    def raw(self, name: str) -> Any:
+        """The value as it is; None if absent."""
+        return self._config.get(name)
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """A positive integer."""
+        value = self._value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.bad(name, "a positive integer")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive number."""
+        value = self._value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise self.bad(name, "a positive number")
+        return float(value)
+
+    def switch(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self._value(name, default)
+        if not isinstance(value, bool):
+            raise self.bad(name, "true or false")
+        return value
+
+    def choice(self, name: str, choices: tuple[Any, ...], default: Any) -> Any:
+        """One of a few values."""
+        value = self._value(name, default)
+        if value not in choices:
+            raise self.bad(name, f"{' or '.join(repr(choice) for choice in choices)} in this family")
+        return value
+
+    def section(self, name: str) -> Fields | None:
+        """A nested object; None if absent, null or empty."""
+        value = self.raw(name)
+        if not value:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.bad(name, "an object")
+        return Fields(value, f"{name} of {self._where}")
+
+    def dtype(self) -> torch.dtype:
+        """Of the weights: ``dtype``, or ``torch_dtype`` in older files; float32 without either."""
+        name = "torch_dtype" if self.raw("dtype") is None else "dtype"
+        return DTYPES[self.choice(name, tuple(DTYPES), "float32")]
+
+    def bad(self, name: str, wanted: str) -> ConfigError:
+        """The error for a value that cannot be honoured."""
+        return ConfigError(f"{name!r} in {self._where} is {self.raw(name)!r}; it must be {wanted}.")
+
+    def _value(self, name: str, default: Any) -> Any:
+        value = self._config.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise ConfigError(f"{self._where} has no {name!r}; the checkpoint is incomplete.")
+        return value
