@@ -99,7 +99,10 @@ class KVCacheManager:
         return updates
 
     def slide(self, table: BlockTable, num_computed: int) -> list[TableUpdate]:
-        """Free the pages that no query at ``num_computed`` or later sees; return what changed."""
+        """Free the pages that no query at ``num_computed`` or later sees; return what changed.
+
+        Nothing does before ``num_computed`` reaches ``table.slides_at``.
+        """
         updates: list[TableUpdate] = []
         for group, window in enumerate(self.windows):
             ids, first = table.blocks[group], table.num_slid[group]
@@ -112,6 +115,7 @@ class KVCacheManager:
             table.num_slid[group] = end
             table.num_held -= len(nulls)
             updates.append((group, first, nulls))
+        table.slides_at = self._next_slide(table)
         return updates
 
     def cache(self, table: BlockTable, token_ids: Sequence[int], num_verified: int) -> None:
@@ -131,6 +135,14 @@ class KVCacheManager:
         for ids in table.blocks:
             self.pool.free(reversed(ids))
         table.clear()
+
+    def _next_slide(self, table: BlockTable) -> int:
+        ends = [
+            (slid + 1) * self.block_size + window - 1
+            for slid, window in zip(table.num_slid, self.windows, strict=True)
+            if window is not None
+        ]
+        return min(ends)
 
     def _probe(self, table: BlockTable, group: int) -> Callable[[int], bool]:
         """Whether a page of this request is cached for a group."""

@@ -14,9 +14,10 @@ class BlockTable:
         num_held: blocks that are not null, over all groups.
         num_cached: leading pages whose content was offered to the prefix cache.
         num_slid: per KV group, leading pages that slid out of the window.
+        slides_at: computed tokens at which the next page slides out of a window.
     """
 
-    __slots__ = ("blocks", "capacity", "hashes", "num_cached", "num_held", "num_slid", "root")
+    __slots__ = ("blocks", "capacity", "hashes", "num_cached", "num_held", "num_slid", "root", "slides_at")
 
     def __init__(self, num_groups: int, root: bytes) -> None:
         self.root = root
@@ -26,10 +27,11 @@ class BlockTable:
         self.num_held = 0
         self.num_cached = 0
         self.num_slid = [0] * num_groups
+        self.slides_at = 0
 
     def clear(self) -> None:
         """Forget the blocks, keep the hashes."""
         for ids in self.blocks:
             ids.clear()
         self.num_slid = [0] * len(self.blocks)
-        self.capacity = self.num_held = self.num_cached = 0
+        self.capacity = self.num_held = self.num_cached = self.slides_at = 0

@@ -179,8 +179,10 @@ class Scheduler:
             count = min(len(request.token_ids) + len(request.drafts) - start, builder.budget)
             if count <= 0:
                 continue
-            updates = self.kv.slide(request.table, request.num_computed) if slides else []
-            if start + count > request.table.capacity:
+            table, updates = request.table, []
+            if slides and request.num_computed >= table.slides_at:
+                updates = self.kv.slide(table, request.num_computed)
+            if start + count > table.capacity:
                 count = self._make_room(request, start, count, updates)
                 if count == 0:
                     return

@@ -21,7 +21,7 @@ _IDS = count()
 
 def engine_config(**changes: Any) -> EngineConfig:
     """A small configuration for a scripted executor; ``changes`` are fields of :class:`EngineConfig`."""
-    part = Selection(name="scripted", target="", distribution="dovetail-core", version="0", why="a test asked for it")
+    part = Selection(name="scripted", target="", distribution="dovetail-core", version="0", why="for a test")
     config = EngineConfig(
         model_path="",
         model_name="scripted",
@@ -58,7 +58,7 @@ def engine_request(
     cache_salt: str | None = None,
     **params: Any,
 ) -> EngineRequest:
-    """A greedy request, named anew unless ``request_id`` is given; ``params`` are those of :class:`SamplingParams`."""
+    """A greedy request with a fresh id; ``params`` are fields of :class:`SamplingParams`."""
     return EngineRequest(
         request_id=request_id if request_id is not None else f"request-{next(_IDS)}",
         prompt_token_ids=list(prompt_token_ids),
@@ -89,7 +89,7 @@ class Completion:
     times: RequestTimes | None = None
 
     def extend(self, delta: RequestOutputDelta) -> None:
-        """Add one step's delta. Nothing may follow a finish reason, nor prompt log-probabilities come twice."""
+        """Add one step's delta. Nothing may follow a finish reason."""
         assert self.finish_reason is None, f"{delta.request_id}: a delta after {self.finish_reason!r}"
         assert delta.prompt_logprobs is None or not self.token_ids
         self.token_ids += delta.new_token_ids

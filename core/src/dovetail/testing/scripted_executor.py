@@ -174,13 +174,14 @@ class ScriptedExecutor(Executor):
             _require(sampled == (start + count >= known), f"slot {slot}: `samples` is {sampled}")
 
     def _check_row(self, row: ScriptedRow, start: int, count: int, drafts: Sequence[int]) -> None:
-        known = len(row.tokens)
+        known, end = len(row.tokens), start + count
         _require(count >= 1, "a request computes no token")
-        _require(start in (row.computed, *((start,) if row.computed < 0 else ())), f"starts at {start}, not {row.computed}")
-        _require(row.computed >= 0 or start % self.config.block_size == 0, f"a hit of {start} tokens is no whole block")
-        _require(start < known, "the last known token is not computed")
-        _require(row.computed >= 0 or start < row.prompt_len or row.prompt_len < known, "a hit covers the whole prompt")
-        _require(len(drafts) == max(0, start + count - known), f"{len(drafts)} drafts for {start + count} of {known} tokens")
+        if row.computed < 0:
+            _require(start % self.config.block_size == 0, f"a hit of {start} tokens is no whole block")
+        else:
+            _require(start == row.computed, f"a request continues at {start}, not at {row.computed}")
+        _require(start < known, "a hit covers the last known token")
+        _require(len(drafts) == max(0, end - known), f"{len(drafts)} drafts for {end} of {known} tokens")
         _require(list(drafts) == row.proposals[: len(drafts)], "drafts were not proposed")
         _require(known + len(drafts) <= self.config.max_model_len, "drafts beyond the context")
 

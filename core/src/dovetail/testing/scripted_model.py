@@ -43,7 +43,7 @@ class ScriptedModel:
         eos_token_ids: Sequence[int],
         seed: int,
     ) -> int:
-        """The token after ``token_ids``. A sampled request's depends on its seed; ``min_tokens`` masks stops."""
+        """The next token. A sampled request's depends on its seed; ``min_tokens`` masks stops."""
         token = self._script(token_ids, 0 if params.greedy else seed)
         if len(token_ids) - prompt_len < params.min_tokens:
             masked = {*eos_token_ids, *params.stop_token_ids}
