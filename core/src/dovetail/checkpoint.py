@@ -18,6 +18,7 @@ from dovetail.plugins.registry import Registries
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_TOKENIZER = [pattern for pattern in _WANTED if pattern != "*.safetensors"]
 _UNWANTED = ["original/*", "metal/*", "onnx/*"]
 
 
@@ -63,7 +64,23 @@ def locate(model: str, revision: str | None = None) -> Path:
         raise ConfigError(
             f"There is no folder {model}, and it is no hub id (owner/name) either. Check the path."
         )
-    return _download(model, revision)
+    return locate(str(_download(model, revision, _WANTED)))
+
+
+def locate_tokenizer(tokenizer: str) -> Path:
+    """The local folder of a tokenizer that is not beside its model; weights are not downloaded.
+
+    Raises:
+        ConfigError: neither a folder nor a hub model that can be had.
+    """
+    path = Path(tokenizer).expanduser()
+    if path.is_dir():
+        return path
+    if not _HUB_ID.fullmatch(tokenizer):
+        raise ConfigError(
+            f"There is no tokenizer folder {tokenizer}, and it is no hub id (owner/name) either. Check the path."
+        )
+    return _download(tokenizer, None, _TOKENIZER)
 
 
 def demo(location: str) -> Path:
@@ -87,7 +104,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is missing or not a JSON object.
     """
-    return _read_object(path / "config.json")
+    return read_object(path / "config.json")
 
 
 def eos_token_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -99,7 +116,7 @@ def eos_token_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     generation = path / "generation_config.json"
     sources: list[tuple[str, Mapping[str, Any]]] = []
     if generation.is_file():
-        sources.append(("generation_config.json", _read_object(generation)))
+        sources.append(("generation_config.json", read_object(generation)))
     sources.append(("config.json", config))
     nested = config.get("text_config")
     if isinstance(nested, dict):
@@ -117,7 +134,12 @@ def eos_token_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     return ()
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ConfigError: it is missing, unreadable, or holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -129,13 +151,13 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = f"{model} (revision {revision})" if revision else model
     try:
         folder = snapshot_download(
-            model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            model, revision=revision, allow_patterns=patterns, ignore_patterns=_UNWANTED
         )
     except Exception as error:
         details = str(error).strip().splitlines() or ["no details"]
@@ -144,4 +166,4 @@ def _download(model: str, revision: str | None) -> Path:
             f"{type(error).__name__}: {details[0]} "
             "Check the name, the network, and HF_TOKEN for gated models; or name a local folder."
         ) from error
-    return locate(folder)
+    return Path(folder)

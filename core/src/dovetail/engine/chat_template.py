@@ -1,7 +1,7 @@
 """Chat templates: Jinja programs of a checkpoint that write a conversation as one prompt.
 
-They are foreign code, so they run in Jinja's immutable sandbox and see plain JSON values only. The environment offers
-what templates on the hub are written against: transformers' ``apply_chat_template``.
+They are foreign code, so they run in Jinja's immutable sandbox. The environment offers what templates on the hub
+are written against: transformers' ``apply_chat_template``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class ChatTemplate:
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"The chat template does not compile: line {error.lineno}: {error.message}.") from error
+            message = f"The chat template does not compile: line {error.lineno}: {error.message}."
+            raise ConfigError(message) from error
         self._takes_parts: bool | None = None
 
     def render(
@@ -69,22 +70,23 @@ class ChatTemplate:
         """
         if continue_final_message and add_generation_prompt:
             raise RequestError(
-                "continue_final_message and add_generation_prompt are both true; set add_generation_prompt to false "
-                "to continue the last message.",
+                "continue_final_message and add_generation_prompt are both true; set add_generation_prompt to "
+                "false to continue the last message.",
                 param="continue_final_message",
             )
         for name in _RESERVED:
             if name in kwargs:
-                raise RequestError(
-                    f"chat_template_kwargs must not set {name!r}; it is a field of its own.", param="chat_template_kwargs"
-                )
+                message = f"chat_template_kwargs must not set {name!r}; it is a field of its own."
+                raise RequestError(message, param="chat_template_kwargs")
         chat = [self._normalized(i, message) for i, message in enumerate(_checked(messages))]
         opened = _open_last(chat) if continue_final_message else None
         # An empty list of tools is "no tools" for clients, but "tools" for templates that test `is not none`.
         text = self._run(chat, tools or None, add_generation_prompt, kwargs)
         return text if opened is None else _cut_at_tag(text, opened)
 
-    def _run(self, chat: list[dict[str, Any]], tools: Any, add_generation_prompt: bool, kwargs: Mapping[str, Any]) -> str:
+    def _run(
+        self, chat: list[dict[str, Any]], tools: Any, add_generation_prompt: bool, kwargs: Mapping[str, Any]
+    ) -> str:
         variables: dict[str, Any] = {**self._variables, "documents": None, **kwargs}
         try:
             return self._template.render(
@@ -92,23 +94,27 @@ class ChatTemplate:
             )
         except Exception as error:
             # A template is a program: besides raise_exception, any operation on the caller's values can fail.
-            raise RequestError(f"The chat template rejects these messages: {error}", param="messages") from error
+            message = f"The chat template rejects these messages: {error}"
+            raise RequestError(message, param="messages") from error
 
     def _normalized(self, index: int, message: Message) -> dict[str, Any]:
         result = {key: value for key, value in message.items() if value is not None}
         content = result.get("content")
         if isinstance(content, (list, tuple)):
             texts = [_part_text(index, part) for part in content]
-            result["content"] = [{"type": "text", "text": text} for text in texts] if self.takes_parts else "\n".join(texts)
+            parts = [{"type": "text", "text": text} for text in texts]
+            result["content"] = parts if self.takes_parts else "\n".join(texts)
         elif content is not None and not isinstance(content, str):
+            kind = type(content).__name__
             raise RequestError(
-                f"messages[{index}].content is a {type(content).__name__}; it must be text or a list of parts.",
-                param="messages",
+                f"messages[{index}].content is a {kind}; it must be text or a list of parts.", param="messages"
             )
         if "tool_calls" in result:
             result["tool_calls"] = [_parsed_call(call) for call in result["tool_calls"]]
         reasoning = next((result[key] for key in _REASONING if key in result), None)
-        return result if reasoning is None else {"thinking": reasoning, **result, "reasoning_content": reasoning}
+        if reasoning is None:
+            return result
+        return {"thinking": reasoning, **result, "reasoning_content": reasoning}
 
     @property
     def takes_parts(self) -> bool:
@@ -129,7 +135,8 @@ def _checked(messages: Sequence[Message]) -> Sequence[Message]:
         raise RequestError("messages is empty; send at least one message.", param="messages")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RequestError(f"messages[{i}] must be an object with a role, such as 'user'.", param="messages")
+            text = f"messages[{i}] must be an object with a role, such as 'user'."
+            raise RequestError(text, param="messages")
     return messages
 
 
@@ -139,7 +146,8 @@ def _part_text(index: int, part: Any) -> str:
         return text
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     raise RequestError(
-        f"messages[{index}].content has a part of type {kind!r}; only {{'type': 'text', 'text': ...}} is understood.",
+        f"messages[{index}].content has a part of type {kind!r}; only text parts, "
+        "{'type': 'text', 'text': ...}, are understood.",
         param="messages",
     )
 
@@ -176,8 +184,8 @@ def _cut_at_tag(rendered: str, text: str) -> str:
     at = rendered.rfind(tag)
     if at < 0 or text.strip() not in rendered:
         raise RequestError(
-            "continue_final_message is true, but the chat template does not write the last message in full, so it "
-            "cannot be continued.",
+            "continue_final_message is true, but the chat template does not write the last message in full, so "
+            "it cannot be continued.",
             param="messages",
         )
     # A template that trims messages took the tag's own space, and so the text's trailing space must go too.
@@ -214,7 +222,9 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """JSON without the HTML escapes of Jinja's own filter."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> NoReturn:

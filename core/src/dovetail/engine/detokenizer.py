@@ -10,7 +10,7 @@ from dovetail.engine.pieces import Pieces
 
 
 class Detokenizer(ABC):
-    """Turns one stream of tokens into text. What has been returned is final; the parts joined are the whole text."""
+    """Turns one stream of tokens into text. What was returned is final; the parts joined are the whole text."""
 
     @abstractmethod
     def push(self, token_ids: Sequence[int]) -> str:
@@ -24,7 +24,7 @@ class Detokenizer(ABC):
 
 
 class ByteDetokenizer(Detokenizer):
-    """For tokenizers whose tokens stand for bytes: one lookup per token, and a UTF-8 decoder that holds split characters.
+    """For tokenizers whose tokens stand for bytes: one lookup per token; UTF-8 holds back split characters.
 
     Args:
         pieces: the bytes of each token.
@@ -66,10 +66,10 @@ class ByteDetokenizer(Detokenizer):
 
 
 class WindowDetokenizer(Detokenizer):
-    """For any other decoder: decodes a short window of recent tokens and returns by how much the text has grown.
+    """For any other decoder: decodes a window of recent tokens and returns by how much the text has grown.
 
-    The window begins a few tokens before the unreturned ones, because spaces depend on what comes before. It is exact
-    where a token's text depends only on its predecessor within the window.
+    The window holds the tokens that gave the previous text and those that gave none since: what a token adds may
+    depend on the token before it.
     """
 
     __slots__ = ("_decode", "_done", "_window")

@@ -1,7 +1,8 @@
 """Which bytes each token stands for, read from a tokenizer's decoder.
 
-The decoders of generative models reduce to one rule: every token stands for some bytes, and the text is those bytes
-read as UTF-8, perhaps without its first space. Decoding is then one table lookup per token and needs no look-back.
+The decoders of generative models reduce to one rule: every token stands for some bytes, and the text is those
+bytes read as UTF-8, perhaps without its first space. Decoding is then one table lookup per token and needs no
+look-back.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ codecs.register_error(PER_BYTE, _replace_each_byte)
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The printable character that byte-level BPE writes for each byte: itself, or the next free one from 256 on."""
+    """The character that byte-level BPE writes for each byte: itself, or if unprintable one from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in set(printable)]
@@ -107,7 +108,7 @@ def read_pieces(backend: tokenizers.Tokenizer) -> Pieces | None:
 
 
 def _decoder_of(backend: tokenizers.Tokenizer) -> dict[str, Any] | None:
-    """The decoder's serialized form; the rest of the tokenizer, with its large vocabulary, is not serialized."""
+    """The decoder's serialized form, without the rest of the tokenizer and its large vocabulary."""
     if backend.decoder is None:
         return None
     state: dict[str, Any] = json.loads(backend.decoder.__getstate__())

@@ -1,7 +1,7 @@
 """OutputProcessor: from the engine's new tokens to what callers see. Torch-free, no threads, no I/O.
 
 One user request becomes ``n`` engine requests; their deltas come back as text, log-probabilities with text, and
-finish reasons, gathered in one :class:`RequestOutput`. ``LLM`` reads the cumulative output, a server the deltas.
+finish reasons, gathered in one ``RequestOutput``. ``LLM`` reads the cumulative output, a server the deltas.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dovetail.engine.detokenizer import Detokenizer
 from dovetail.engine.outputs import CompletionOutput, Logprob, LogprobsAtPosition, RequestOutput
 from dovetail.engine.stop_strings import StopStrings
 from dovetail.engine.tokenizer import Tokenizer
-from dovetail.errors import ContextLengthError, RequestError
+from dovetail.engine.validation import check_prompt
+from dovetail.errors import RequestError
 from dovetail.messages import EngineRequest, RequestOutputDelta, TokenLogprobs
 from dovetail.sampling_params import SamplingParams
 
@@ -115,11 +116,10 @@ class OutputProcessor:
         """
         self.check(prompt_token_ids, params)
         if request_id in self._requests:
-            raise RequestError(f"The request id {request_id!r} is in use; choose another.", param="request_id")
+            message = f"The request id {request_id!r} is in use; choose another."
+            raise RequestError(message, param="request_id")
         children = [request_id] if params.n == 1 else [f"{request_id}#{i}" for i in range(params.n)]
-        outputs = [
-            CompletionOutput(index=i, logprobs=None if params.logprobs is None else []) for i in range(params.n)
-        ]
+        outputs = [CompletionOutput(index=i) for i in range(params.n)]
         output = RequestOutput(
             request_id=request_id, prompt=prompt, prompt_token_ids=prompt_token_ids, outputs=outputs
         )
@@ -144,23 +144,20 @@ class OutputProcessor:
         """Refuse what can never run.
 
         Raises:
-            RequestError: the prompt is empty, or an id is outside the vocabulary.
+            RequestError: the prompt is empty, an id is outside the vocabulary, or parameters contradict.
             ContextLengthError: the prompt leaves no room for output.
         """
-        if not prompt_token_ids:
-            raise RequestError("The prompt is empty; send at least one token.", param="prompt")
-        if len(prompt_token_ids) >= self.max_model_len:
-            raise ContextLengthError(
-                f"This model's maximum context length is {self.max_model_len} tokens, but the prompt alone has "
-                f"{len(prompt_token_ids)}. Shorten the prompt.",
-                param="prompt",
-            )
-        self._check_ids("prompt", prompt_token_ids)
-        self._check_ids("stop_token_ids", params.stop_token_ids)
-        self._check_ids("logit_bias", params.logit_bias or ())
-        self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
+        check_prompt(prompt_token_ids, params, self.vocab_size, self.max_model_len)
         if params.stop and not params.detokenize:
             raise RequestError("stop strings need detokenize=True; use stop_token_ids instead.", param="stop")
+
+    def output(self, request_id: str) -> RequestOutput:
+        """The state of a request that is not finished; it is updated in place.
+
+        Raises:
+            KeyError: no such request.
+        """
+        return self._requests[request_id].output
 
     def process(self, delta: RequestOutputDelta) -> Update | None:
         """Take one engine delta; None if the request is unknown: aborted, or ended by a stop string."""
@@ -185,7 +182,7 @@ class OutputProcessor:
         return Update(child.parent.output, new, abort)
 
     def abort(self, request_ids: Iterable[str]) -> list[str]:
-        """Forget requests whose caller is gone; returns the engine requests to abort. Unknown ids are ignored."""
+        """Forget requests whose caller is gone; returns engine requests to abort. Unknown ids are ignored."""
         live = []
         for request_id in request_ids:
             request = self._requests.pop(request_id, None)
@@ -194,6 +191,7 @@ class OutputProcessor:
         return live
 
     def _make_child(self, parent: _Request, params: SamplingParams, output: CompletionOutput) -> _Child:
+        output.logprobs = None if params.logprobs is None else []
         return _Child(
             parent=parent,
             params=params,
@@ -201,13 +199,6 @@ class OutputProcessor:
             detokenizer=self.tokenizer.detokenizer(params.skip_special_tokens) if params.detokenize else None,
             stops=StopStrings(params.stop, params.include_stop_str_in_output) if params.stop else None,
         )
-
-    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
-        for token in ids:
-            if not 0 <= token < self.vocab_size:
-                raise RequestError(
-                    f"{name} has token id {token}; this model's ids are 0 to {self.vocab_size - 1}.", param=name
-                )
 
     def _note_prompt(self, child: _Child, delta: RequestOutputDelta) -> None:
         output = child.parent.output
@@ -218,7 +209,8 @@ class OutputProcessor:
                 None if entry is None else self._logprobs(entry) for entry in delta.prompt_logprobs
             ]
 
-    def _text(self, child: _Child, delta: RequestOutputDelta) -> tuple[str, int, str | None]:
+    @staticmethod
+    def _text(child: _Child, delta: RequestOutputDelta) -> tuple[str, int, str | None]:
         """The delta's text, how many of its tokens count, and the stop string that was hit."""
         tokens = delta.new_token_ids
         count = len(tokens)
@@ -230,27 +222,11 @@ class OutputProcessor:
         if child.stops is None:
             text = detokenizer.push(tokens[:shown] if shown != count else tokens)
             return (text if delta.finish_reason is None else text + detokenizer.flush()), count, None
-        parts = []
-        # Token by token, to know which one completes a stop string.
-        for i in range(shown):
-            part, stop = self._push(child, detokenizer.push(tokens[i : i + 1]), len(child.output.token_ids) + i + 1)
-            parts.append(part)
-            if stop is not None:
-                return "".join(parts), i + 1, stop
-        if delta.finish_reason is not None:
-            part, stop = self._push(child, detokenizer.flush(), len(child.output.token_ids) + count)
-            parts += [part, child.stops.flush() if stop is None else ""]
-            return "".join(parts), count, stop
-        return "".join(parts), count, None
+        return _text_until_stop(child, child.stops, detokenizer, delta, shown)
 
-    @staticmethod
-    def _push(child: _Child, text: str, num_tokens: int) -> tuple[str, str | None]:
-        """Match stop strings, but only in text from the ``min_tokens``-th token on."""
-        if child.stops is None or num_tokens < child.params.min_tokens:
-            return text, None
-        return child.stops.push(text)
-
-    def _new_logprobs(self, child: _Child, delta: RequestOutputDelta, count: int) -> list[LogprobsAtPosition] | None:
+    def _new_logprobs(
+        self, child: _Child, delta: RequestOutputDelta, count: int
+    ) -> list[LogprobsAtPosition] | None:
         if child.output.logprobs is None:
             return None
         return [self._logprobs(entry) for entry in (delta.logprobs or [])[:count]]
@@ -278,6 +254,31 @@ class OutputProcessor:
         output.error = delta.error or output.error
         if output.finished:
             del self._requests[output.request_id]
+
+
+def _text_until_stop(
+    child: _Child, stops: StopStrings, detokenizer: Detokenizer, delta: RequestOutputDelta, shown: int
+) -> tuple[str, int, str | None]:
+    """Feed the first ``shown`` tokens one by one, to know which one completes a stop string.
+
+    Text before the ``min_tokens``-th token is not searched.
+    """
+    before, needed = len(child.output.token_ids), child.params.min_tokens
+    parts: list[str] = []
+    for i in range(shown):
+        text = detokenizer.push(delta.new_token_ids[i : i + 1])
+        if before + i + 1 < needed:
+            parts.append(text)
+            continue
+        text, stop = stops.push(text)
+        parts.append(text)
+        if stop is not None:
+            return "".join(parts), i + 1, stop
+    if delta.finish_reason is not None:
+        text, stop = stops.push(detokenizer.flush())
+        parts += [text, stops.flush() if stop is None else ""]
+        return "".join(parts), len(delta.new_token_ids), stop
+    return "".join(parts), shown, None
 
 
 def _child_params(params: SamplingParams, index: int) -> SamplingParams:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 class StopStrings:
     """Watches one completion's text and holds back what could be the beginning of a stop string.
 
-    The stop string that is complete first ends the text; of several that end at the same character, the longest.
-    So the outcome does not depend on how the text is cut into pieces.
+    The stop string that is complete first ends the text; of several that end at the same character, the
+    longest. So the outcome does not depend on how the text is cut into pieces.
 
     Args:
         stops: non-empty strings.
@@ -29,7 +29,8 @@ class StopStrings:
         After a hit there is no more text: neither ``push`` nor ``flush`` may follow.
         """
         text = self._held + text
-        matches = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
+        found = ((text.find(stop), stop) for stop in self._stops)
+        matches = [(start + len(stop), start, stop) for start, stop in found if start >= 0]
         if matches:
             end, start, stop = min(matches)
             return text[: end if self._include else start], stop

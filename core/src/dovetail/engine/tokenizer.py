@@ -1,8 +1,8 @@
-"""Tokenizer: text <-> token ids, through the ``tokenizers`` library alone. Torch-free, and free of transformers.
+"""Tokenizer: text <-> token ids, through the ``tokenizers`` library alone. Torch-free.
 
-What a checkpoint says about its tokenizer is spread over several files; they are read as transformers reads them:
-tokenizer.json decides how text is split and which special tokens encoding adds, and the other files name special
-tokens and bring the chat template.
+What a checkpoint says about its tokenizer is spread over several files; they are read as transformers 5 reads
+them. tokenizer.json decides how text is split and which special tokens encoding adds (``add_bos_token`` and
+``add_eos_token`` of tokenizer_config.json do not); the other files name special tokens and bring the chat template.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Tokenizer:
     Args:
         backend: the tokenizer proper.
         special_tokens: named special tokens, such as ``{"bos_token": "<s>"}``.
-        chat_templates: name -> Jinja program; ``"default"`` is used unless ``"tool_use"`` exists and tools are given.
+        chat_templates: name -> Jinja program; ``"tool_use"`` serves chats with tools, ``"default"`` the rest.
     """
 
     def __init__(
@@ -42,7 +42,8 @@ class Tokenizer:
         backend.no_padding()
         self.backend = backend
         self.special_tokens = dict(special_tokens or {})
-        self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._pieces = read_pieces(backend)
         self._templates = {
             name: ChatTemplate(source, self.special_tokens) for name, source in (chat_templates or {}).items()
@@ -102,8 +103,9 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of tokens. It is exactly what incremental detokenization gives in the end.
 
-        One deliberate difference to the ``tokenizers`` library: where a byte-fallback tokenizer's run of byte tokens
-        is not valid UTF-8 as a whole, its complete characters are kept, and only the other bytes become U+FFFD.
+        One deliberate difference to the ``tokenizers`` library: where a byte-fallback tokenizer's run of byte
+        tokens is not valid UTF-8 as a whole, its complete characters are kept, and only the other bytes become
+        U+FFFD.
         """
         if self._pieces is None:
             return self._decode_whole(token_ids, skip_special_tokens)
@@ -153,8 +155,8 @@ class Tokenizer:
         template = template or self._templates.get("default")
         if template is None:
             raise RequestError(
-                "This model has no chat template, so it cannot chat. Use completions, or give a template with "
-                "--chat-template PATH (LLM: chat_template=...).",
+                "This model has no chat template, so it cannot chat. Use completions, or give a template "
+                "with --chat-template PATH (LLM: chat_template=...).",
                 param="messages",
             )
         return template.render(messages, tools, add_generation_prompt, continue_final_message, **kwargs)
@@ -199,10 +201,10 @@ def _convert(folder: Path) -> tokenizers.Tokenizer:
         backend: tokenizers.Tokenizer = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
     except Exception as error:
         # transformers raises whatever the many formats' readers raise.
+        details = str(error).strip().splitlines() or ["no details"]
         raise ConfigError(
             f"{folder} holds no tokenizer.json, and transformers finds no tokenizer that it can convert "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}). "
-            "Name a folder that has one with --tokenizer."
+            f"({type(error).__name__}: {details[0]}). Name a folder that has one with --tokenizer."
         ) from error
     return backend
 
@@ -231,8 +233,8 @@ def _add_missing(backend: tokenizers.Tokenizer, config: Mapping[str, Any], named
             backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
             present[token.content] = token
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    contents = [*named.values(), *(_content(token) for token in (extra.values() if isinstance(extra, dict) else extra))]
-    for content in contents:
+    extra = extra.values() if isinstance(extra, dict) else extra
+    for content in (*named.values(), *map(_content, extra)):
         if content and (content not in present or not present[content].special):
             token = tokenizers.AddedToken(content, special=True, normalized=False)
             backend.add_special_tokens([token])
@@ -241,7 +243,8 @@ def _add_missing(backend: tokenizers.Tokenizer, config: Mapping[str, Any], named
 
 def _added_token(entry: Mapping[str, Any]) -> tokenizers.AddedToken:
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    return tokenizers.AddedToken(entry["content"], **{flag: bool(entry[flag]) for flag in flags if flag in entry})
+    given = {flag: bool(entry[flag]) for flag in flags if flag in entry}
+    return tokenizers.AddedToken(entry["content"], **given)
 
 
 def _content(token: Any) -> str | None:

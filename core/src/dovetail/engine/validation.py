@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from dovetail.config import EngineConfig
 from dovetail.errors import ContextLengthError, RequestError
 from dovetail.kv.manager import KVCacheManager
 from dovetail.messages import EngineRequest
+from dovetail.sampling_params import SamplingParams
 from dovetail.scheduler.request import longest_length
 
 
@@ -18,21 +19,7 @@ def check_request(message: EngineRequest, config: EngineConfig, kv: KVCacheManag
         ContextLengthError: the prompt leaves no room for output. RequestError: an empty prompt, a token that
         the model does not have, or a sequence larger than the KV cache.
     """
-    prompt, params = message.prompt_token_ids, message.params
-    if not prompt:
-        raise RequestError("The prompt is empty; give at least one token.", param="prompt")
-    _check_tokens("prompt", prompt, config.vocab_size)
-    _check_tokens("stop_token_ids", params.stop_token_ids, config.vocab_size)
-    _check_tokens("allowed_token_ids", params.allowed_token_ids or (), config.vocab_size)
-    _check_tokens("logit_bias", params.logit_bias or (), config.vocab_size)
-    if len(prompt) >= config.max_model_len:
-        output = params.max_tokens or 1
-        raise ContextLengthError(
-            f"This model's maximum context length is {config.max_model_len} tokens. However, you requested "
-            f"{len(prompt) + output} tokens ({len(prompt)} in the prompt, {output} for the output). "
-            "Shorten the prompt.",
-            param="prompt",
-        )
+    check_prompt(message.prompt_token_ids, message.params, config.vocab_size, config.max_model_len)
     length = longest_length(message, config.max_model_len)
     needed, total = kv.most_blocks(length - 1), kv.pool.num_blocks - 1
     if needed > total:
@@ -40,6 +27,29 @@ def check_request(message: EngineRequest, config: EngineConfig, kv: KVCacheManag
             f"{length} tokens of prompt and output need {needed} KV blocks, and the cache has {total}. "
             "Lower max_tokens, shorten the prompt, or start the server with a larger --kv-cache-memory.",
             param="max_tokens",
+        )
+
+
+def check_prompt(prompt: Sequence[int], params: SamplingParams, vocab_size: int, max_model_len: int) -> None:
+    """Check what needs no engine: front ends call this before they send a request.
+
+    Raises:
+        ContextLengthError: the prompt leaves no room for output. RequestError: an empty prompt, or a token
+        that the model does not have.
+    """
+    if not prompt:
+        raise RequestError("The prompt is empty; give at least one token.", param="prompt")
+    _check_tokens("prompt", prompt, vocab_size)
+    _check_tokens("stop_token_ids", params.stop_token_ids, vocab_size)
+    _check_tokens("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
+    _check_tokens("logit_bias", params.logit_bias or (), vocab_size)
+    if len(prompt) >= max_model_len:
+        output = params.max_tokens or 1
+        raise ContextLengthError(
+            f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+            f"{len(prompt) + output} tokens ({len(prompt)} in the prompt, {output} for the output). "
+            "Shorten the prompt.",
+            param="prompt",
         )
 
 
