@@ -115,7 +115,8 @@ class _TokenTable:
         missing = width - self._ids.shape[1]
         if missing > 0:
             self._ids = torch.cat([self._ids, self._ids[:, :1].expand(-1, missing)], dim=1)
-            self._values = torch.cat([self._values, self._values.new_zeros(len(self._values), missing)], dim=1)
+            zeros = self._values.new_zeros(len(self._values), missing)
+            self._values = torch.cat([self._values, zeros], dim=1)
 
 
 class _Penalties:

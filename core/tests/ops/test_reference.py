@@ -1,0 +1,259 @@
+"""Reference operations against the most naive float64 computation, written with explicit loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dovetail.contracts.ops import OpTable
+from dovetail.errors import PluginLoadError
+from dovetail.ops import reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def rand(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def assert_matches(actual, expected, dtype):
+    assert actual.dtype == dtype
+    expected = torch.as_tensor(expected, dtype=torch.float64).reshape(actual.shape)
+    torch.testing.assert_close(actual.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def naive_rms_norm(row, weight, eps):
+    mean_square = sum(v * v for v in row) / len(row)
+    return [v / math.sqrt(mean_square + eps) * w for v, w in zip(row, weight, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width"), [(3, 16), (1, 1), (0, 8)])
+def test_rms_norm(dtype, tokens, width):
+    x, weight = rand(tokens, width, dtype=dtype), rand(width, dtype=dtype, seed=1)
+    expected = [naive_rms_norm(row, weight.double().tolist(), 1e-5) for row in x.double().tolist()]
+    assert_matches(reference.rms_norm(x, weight, 1e-5), expected, dtype)
+
+
+def test_rms_norm_of_large_half_precision_does_not_overflow():
+    x = torch.full((2, 64), 3e4, dtype=torch.float16)
+    assert reference.rms_norm(x, torch.ones(64, dtype=torch.float16), 1e-6).float().sub(1).abs().max() < 1e-3
+
+
+def test_rms_norm_normalises_the_last_dimension_of_any_shape():
+    x, weight = rand(2, 3, 8), rand(8)
+    torch.testing.assert_close(
+        reference.rms_norm(x, weight, 1e-6), reference.rms_norm(x.reshape(6, 8), weight, 1e-6).reshape(2, 3, 8)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm(dtype):
+    x, residual, weight = rand(4, 8, dtype=dtype), rand(4, 8, dtype=dtype, seed=1), rand(8, dtype=dtype, seed=2)
+    normed, total = reference.add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(total, x + residual)
+    expected = [naive_rms_norm(row, weight.double().tolist(), 1e-6) for row in total.double().tolist()]
+    assert_matches(normed, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotary_dim", [8, 4])
+def test_rotary(dtype, rotary_dim):
+    tokens, head_size, half = 5, 8, rotary_dim // 2
+    positions = torch.tensor([0, 3, 1, 9, 9])
+    angle = torch.arange(10).double().unsqueeze(1) / 10 ** torch.arange(half).double()
+    cos_sin = torch.cat([angle.cos(), angle.sin()], dim=-1).float()
+    q, k = rand(tokens, 4, head_size, dtype=dtype), rand(tokens, 2, head_size, dtype=dtype, seed=1)
+    for x, rotated in zip((q, k), reference.rotary(q, k, positions, cos_sin), strict=True):
+        expected = x.double().clone()
+        for t in range(tokens):
+            for h in range(x.shape[1]):
+                for i in range(half):
+                    a, b = x[t, h, i].double(), x[t, h, i + half].double()
+                    cos, sin = cos_sin[positions[t], i].double(), cos_sin[positions[t], i + half].double()
+                    expected[t, h, i] = a * cos - b * sin
+                    expected[t, h, i + half] = b * cos + a * sin
+        assert_matches(rotated, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_and_mul(dtype):
+    x = rand(3, 10, dtype=dtype)
+    expected = [[g / (1 + math.exp(-g)) * u for g, u in zip(r[:5], r[5:], strict=True)] for r in x.double().tolist()]
+    assert_matches(reference.silu_and_mul(x), expected, dtype)
+
+
+def test_embedding_gathers_rows():
+    table = rand(7, 3)
+    assert torch.equal(reference.embedding(torch.tensor([6, 0, 6]), table), torch.stack([table[6], table[0], table[6]]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(dtype, bias):
+    x, weight = rand(3, 6, dtype=dtype), rand(4, 6, dtype=dtype, seed=1)
+    bias_O = rand(4, dtype=dtype, seed=2) if bias else None
+    offsets = bias_O.tolist() if bias else [0.0] * 4
+    outputs = list(zip(weight.tolist(), offsets, strict=True))
+    expected = [[dot(row, w) + offset for w, offset in outputs] for row in x.tolist()]
+    assert_matches(reference.linear(x, reference.linear_pack(weight), bias_O), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("per_tensor", [True, False])
+def test_scaled_mm(dtype, per_tensor):
+    x, weight = rand(3, 40).mul(30).to(dtype), rand(5, 40, seed=1).mul(30).to(dtype)
+    x_scale = rand(*((1, 1) if per_tensor else (3, 1)), seed=2).abs()
+    weight_scale = rand(*((1, 1) if per_tensor else (5, 1)), seed=3).abs()
+    expected = torch.zeros(3, 5, dtype=torch.float64)
+    for t in range(3):
+        for o in range(5):
+            for i in range(40):
+                a = x[t, i].double() * x_scale[0 if per_tensor else t, 0]
+                expected[t, o] += a * weight[o, i].double() * weight_scale[0 if per_tensor else o, 0]
+    result = reference.scaled_mm(x, weight, x_scale, weight_scale, torch.float32)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-3)
+    assert reference.scaled_mm(x, weight, x_scale, weight_scale, torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zero_points", [True, False])
+def test_w4a16_mm(dtype, zero_points):
+    group, inputs, outputs = 4, 12, 5
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 16, (outputs, inputs), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (outputs, inputs // group), generator=generator) if zero_points else None
+    scales, x = rand(outputs, inputs // group, dtype=dtype).abs(), rand(3, inputs, dtype=dtype, seed=1)
+    packed = [[row[j] + 16 * row[j + 1] for j in range(0, inputs, 2)] for row in values.tolist()]
+    packed = torch.tensor(packed, dtype=torch.uint8)
+    expected = torch.zeros(3, outputs, dtype=torch.float64)
+    for t in range(3):
+        for o in range(outputs):
+            for i in range(inputs):
+                zero = zeros[o, i // group].item() if zero_points else 8
+                weight = (values[o, i].item() - zero) * scales[o, i // group].double()
+                expected[t, o] += x[t, i].double() * weight
+    assert_matches(reference.w4a16_mm(x, packed, scales, zeros, group), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moe_experts(dtype):
+    tokens, width, inner, experts = 6, 4, 3, 4
+    x = rand(tokens, width, dtype=dtype)
+    gate_up = rand(experts, 2 * inner, width, dtype=dtype, seed=1)
+    down = rand(experts, width, inner, dtype=dtype, seed=2)
+    ids = torch.tensor([[0, 1], [3, 2], [1, 1], [-1, 0], [0, 3], [-1, -1]])
+    weights = rand(tokens, 2, seed=3)
+    expected = torch.zeros(tokens, width, dtype=torch.float64)
+    for t in range(tokens):
+        for a in range(2):
+            expert = ids[t, a].item()
+            if expert < 0:
+                continue
+            hidden = [dot(row, x[t].tolist()) for row in gate_up[expert].tolist()]
+            inside = [g / (1 + math.exp(-g)) * u for g, u in zip(hidden[:inner], hidden[inner:], strict=True)]
+            for d in range(width):
+                expected[t, d] += weights[t, a].double() * dot(down[expert, d].tolist(), inside)
+    result = reference.moe_experts(x, gate_up, down, ids, weights)
+    assert result.dtype == dtype
+    # bfloat16 rounds after each of three products
+    tolerance = (3 if dtype == torch.bfloat16 else 1) * TOLERANCE[dtype]
+    torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance)
+    assert reference.moe_experts(x[:0], gate_up, down, ids[:0], weights[:0]).shape == (0, width)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16])
+def test_write_kv_places_each_token(kv_dtype):
+    k_cache, v_cache = torch.zeros(4, 3, 2, 5, dtype=kv_dtype), torch.zeros(4, 3, 2, 5, dtype=kv_dtype)
+    k, v = rand(3, 2, 5), rand(3, 2, 5, seed=1)
+    reference.write_kv(k, v, k_cache, v_cache, torch.tensor([3 * 3 + 2, 1 * 3, 1 * 3 + 1]))
+    for t, (block, offset) in enumerate([(3, 2), (1, 0), (1, 1)]):
+        assert torch.equal(k_cache[block, offset], k[t].to(kv_dtype))
+        assert torch.equal(v_cache[block, offset], v[t].to(kv_dtype))
+    assert k_cache.count_nonzero() == k.numel()
+
+
+def test_write_kv_accepts_strided_caches():
+    cache = torch.zeros(2, 4, 2, 3, 5)
+    k_cache, v_cache = (c.transpose(1, 2) for c in cache.unbind(0))
+    k, v = rand(1, 2, 5), rand(1, 2, 5, seed=1)
+    reference.write_kv(k, v, k_cache, v_cache, torch.tensor([2 * 3 + 1]))
+    assert torch.equal(cache[0, 2, :, 1], k[0])
+    assert torch.equal(cache[1, 2, :, 1], v[0])
+
+
+def naive_attention(q, keys, values, scale, window, soft_cap):
+    """One query ``[K]`` over the keys up to and including its own, in float64 with Python floats."""
+    start = 0 if window is None else max(0, len(keys) - window)
+    scores = []
+    for key in keys[start:]:
+        score = dot(q, key) * scale
+        scores.append(score if soft_cap is None else soft_cap * math.tanh(score / soft_cap))
+    weights = [math.exp(score - max(scores)) for score in scores]
+    total = sum(weights)
+    return [dot(weights, [v[i] for v in values[start:]]) / total for i in range(len(q))]
+
+
+BATCHES = {
+    "decode": [(1, 7), (1, 1), (1, 12)],
+    "prefill": [(5, 5), (9, 9)],
+    "mixed chunks and drafts": [(1, 10), (4, 11), (6, 6), (3, 3)],
+    "padding requests": [(2, 9), (0, 0), (1, 4), (0, 0)],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (4, None), (1, 1.5), (100, 2.0)])
+def test_paged_attention(dtype, batch, heads, kv_heads, window, soft_cap):
+    head_size, block_size, padding_tokens = 3, 4, 2
+    max_blocks = 4
+    num_blocks = 1 + max_blocks * len(batch)
+    k_cache = torch.full((num_blocks, block_size, kv_heads, head_size), torch.nan, dtype=dtype)
+    v_cache = k_cache.clone()
+    order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(1)) + 1
+    block_table = torch.zeros(len(batch), max_blocks, dtype=torch.int32)
+    tokens = sum(count for count, _ in batch)
+    q = rand(tokens + padding_tokens, heads, head_size, dtype=dtype)
+    expected = torch.zeros(tokens + padding_tokens, heads, head_size, dtype=torch.float64)
+    scale, row = 0.37, 0
+    for r, (count, length) in enumerate(batch):
+        block_table[r] = order[r * max_blocks : (r + 1) * max_blocks]
+        keys, values = (rand(length, kv_heads, head_size, dtype=dtype, seed=10 * r + s) for s in (1, 2))
+        first_visible = 0 if window is None else max(0, length - count - window + 1)
+        for position in range(length):
+            block, offset = block_table[r, position // block_size], position % block_size
+            if position // block_size < first_visible // block_size:
+                block_table[r, position // block_size] = 0  # the page slid out of the window
+            else:
+                k_cache[block, offset], v_cache[block, offset] = keys[position], values[position]
+        for t in range(count):
+            seen = length - count + t + 1
+            for h in range(heads):
+                kv = h // (heads // kv_heads)
+                seen_k, seen_v = keys[:seen, kv].tolist(), values[:seen, kv].tolist()
+                attended = naive_attention(q[row, h].tolist(), seen_k, seen_v, scale, window, soft_cap)
+                expected[row, h] = torch.tensor(attended, dtype=torch.float64)
+            row += 1
+    starts = torch.tensor([0, *torch.tensor([count for count, _ in batch]).cumsum(0)], dtype=torch.int32)
+    lengths = torch.tensor([length for _, length in batch], dtype=torch.int32)
+    out = reference.paged_attention(q, k_cache, v_cache, block_table, starts, lengths, scale, window, soft_cap)
+    assert out.shape == (tokens + padding_tokens, heads * head_size)
+    assert_matches(out, expected.flatten(1), dtype)
+
+
+def test_op_table_takes_overrides_and_refuses_unknown_names():
+    table = OpTable.resolve({"linear": max}, "a platform")
+    assert table.linear is max
+    assert table.rms_norm is reference.rms_norm
+    with pytest.raises(PluginLoadError, match="a platform overrides unknown operations \\['lineal'\\]"):
+        OpTable.resolve({"lineal": max}, "a platform")
