@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dovetail.contracts.attention import AttentionSpec
 from dovetail.contracts.model import Model, ModelContext, ModelFacts, Rename, StepAttention, WeightTable
 from dovetail.layers.attention import SelfAttention
-from dovetail.layers.embedding import Embedding
+from dovetail.layers.decoder import Decoder, DecoderLayer
 from dovetail.layers.head import Head
 from dovetail.layers.mlp import GatedMLP
-from dovetail.layers.norm import RMSNorm
 from dovetail_models.attention import read_attention
 from dovetail_models.fields import Fields
 from dovetail_models.rope import Rope, read_rope
@@ -39,8 +38,7 @@ class LlamaConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
-    attention: AttentionSpec
+    attention: tuple[AttentionSpec, ...]
     rope: Rope
     norm_eps: float
     attention_bias: bool
@@ -57,14 +55,12 @@ class LlamaConfig:
         """
         fields = Fields(hf_config)
         fields.choice("hidden_act", ("silu",), "silu")
-        hidden_size = fields.integer("hidden_size")
         attention = read_attention(fields)
         return cls(
             vocab_size=fields.integer("vocab_size"),
-            hidden_size=hidden_size,
+            hidden_size=fields.integer("hidden_size"),
             intermediate_size=fields.integer("intermediate_size"),
-            num_layers=fields.integer("num_hidden_layers"),
-            attention=attention,
+            attention=(attention,) * fields.integer("num_hidden_layers"),
             rope=read_rope(fields, attention.head_size),
             norm_eps=fields.number("rms_norm_eps", 1e-6),
             attention_bias=fields.switch("attention_bias", False),
@@ -74,45 +70,15 @@ class LlamaConfig:
         )
 
 
-class LlamaLayer(nn.Module):
-    """One decoder layer: attention and MLP, each behind a norm, added to the residual stream."""
-
-    def __init__(self, context: ModelContext, name: str, layer: int, config: LlamaConfig, cos_sin_PK: Tensor) -> None:
-        super().__init__()
-        self.self_attn = SelfAttention(
-            context,
-            f"{name}.self_attn",
-            layer,
-            config.attention,
-            config.hidden_size,
-            cos_sin_PK,
-            qkv_bias=config.attention_bias,
-            output_bias=config.attention_bias,
-        )
-        self.mlp = GatedMLP(context, f"{name}.mlp", config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.input_layernorm = RMSNorm(context, config.hidden_size, config.norm_eps)
-        self.post_attention_layernorm = RMSNorm(context, config.hidden_size, config.norm_eps)
-        self._attention, self._mlp = self.self_attn.forward, self.mlp.forward
-        self._norm, self._mlp_norm = self.input_layernorm.add, self.post_attention_layernorm.add
-
-    def forward(
-        self, x_TD: Tensor, residual_TD: Tensor | None, positions_T: Tensor, attend: StepAttention
-    ) -> tuple[Tensor, Tensor]:
-        """Output of the layer, not yet added, and the residual stream."""
-        x_TD, residual_TD = self._norm(x_TD, residual_TD)
-        x_TD, residual_TD = self._mlp_norm(self._attention(x_TD, positions_T, attend), residual_TD)
-        return self._mlp(x_TD), residual_TD
-
-
 class Llama(Model):
-    """The whole model."""
+    """Decoder of pre-norm layers with grouped-query attention and a gated MLP."""
 
     @classmethod
     def facts(cls, hf_config: Mapping[str, Any]) -> ModelFacts:
         """Every layer has the same attention."""
         config = LlamaConfig.parse(hf_config)
         return ModelFacts(
-            attention=(config.attention,) * config.num_layers,
+            attention=config.attention,
             vocab_size=config.vocab_size,
             max_positions=config.rope.max_positions,
             dtype=config.dtype,
@@ -122,16 +88,28 @@ class Llama(Model):
         super().__init__(hf_config, context)
         config = LlamaConfig.parse(hf_config)
         cos_sin_PK = config.rope.table(context.max_model_len, context.device)
-        embed = Embedding(context, config.vocab_size, config.hidden_size)
-        norm = RMSNorm(context, config.hidden_size, config.norm_eps)
-        layers = [
-            LlamaLayer(context, f"model.layers.{i}", i, config, cos_sin_PK) for i in range(config.num_layers)
-        ]
-        self.model = nn.ModuleDict({"embed_tokens": embed, "layers": nn.ModuleList(layers), "norm": norm})
+        layers = [self._layer(context, config, i, cos_sin_PK) for i in range(len(config.attention))]
+        self.model = Decoder(
+            context, layers, vocab_size=config.vocab_size, hidden_size=config.hidden_size, norm_eps=config.norm_eps
+        )
         self.lm_head = Head(context, "lm_head", config.hidden_size, config.vocab_size, tied=config.tied)
         self._tied = config.tied
-        self._embed, self._norm = embed.forward, norm.add
-        self._layers = [layer.forward for layer in layers]
+
+    @staticmethod
+    def _layer(context: ModelContext, config: LlamaConfig, index: int, cos_sin_PK: Tensor) -> DecoderLayer:
+        name, hidden_size = f"model.layers.{index}", config.hidden_size
+        attention = SelfAttention(
+            context,
+            f"{name}.self_attn",
+            index,
+            config.attention[index],
+            hidden_size,
+            cos_sin_PK,
+            qkv_bias=config.attention_bias,
+            output_bias=config.attention_bias,
+        )
+        mlp = GatedMLP(context, f"{name}.mlp", hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        return DecoderLayer(context, attention, mlp, hidden_size=hidden_size, norm_eps=config.norm_eps)
 
     def weight_table(self) -> WeightTable:
         """Projections that read the same input are merged."""
@@ -140,10 +118,7 @@ class Llama(Model):
 
     def forward(self, token_ids_T: Tensor, positions_T: Tensor, attend: StepAttention) -> Tensor:
         """Hidden states ``[T, D]`` after the final norm."""
-        x_TD, residual_TD = self._embed(token_ids_T), None
-        for layer in self._layers:
-            x_TD, residual_TD = layer(x_TD, residual_TD, positions_T, attend)
-        return self._norm(x_TD, residual_TD)[0]
+        return self.model.forward(token_ids_T, positions_T, attend)
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """Logits ``[S, V]``."""

@@ -1,0 +1,74 @@
+"""The usual decoder: an embedding, layers around a residual stream, a final norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from dovetail.contracts.model import ModelContext, StepAttention
+from dovetail.layers.embedding import Embedding
+from dovetail.layers.norm import RMSNorm
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then feed-forward, each behind a norm and added to the residual stream.
+
+    Args:
+        context: what the model is built with.
+        attention: called with ``(x_TD, positions_T, attend)``.
+        mlp: called with ``(x_TD,)``.
+        hidden_size, norm_eps: of the norms.
+    """
+
+    def __init__(
+        self, context: ModelContext, attention: nn.Module, mlp: nn.Module, *, hidden_size: int, norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.self_attn = attention
+        self.mlp = mlp
+        self.input_layernorm = RMSNorm(context, hidden_size, norm_eps)
+        self.post_attention_layernorm = RMSNorm(context, hidden_size, norm_eps)
+        self._attention, self._mlp = attention.forward, mlp.forward
+        self._attention_norm, self._mlp_norm = self.input_layernorm.add, self.post_attention_layernorm.add
+
+    def forward(
+        self, x_TD: Tensor, residual_TD: Tensor | None, positions_T: Tensor, attend: StepAttention
+    ) -> tuple[Tensor, Tensor]:
+        """Take the output of the layer before and the stream without it; return the same for the layer after."""
+        x_TD, residual_TD = self._attention_norm(x_TD, residual_TD)
+        x_TD, residual_TD = self._mlp_norm(self._attention(x_TD, positions_T, attend), residual_TD)
+        return self._mlp(x_TD), residual_TD
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states.
+
+    Args:
+        context: what the model is built with.
+        layers: in order; called as :class:`DecoderLayer` is.
+        vocab_size, hidden_size, norm_eps: of the embedding and the final norm.
+    """
+
+    def __init__(
+        self,
+        context: ModelContext,
+        layers: Sequence[nn.Module],
+        *,
+        vocab_size: int,
+        hidden_size: int,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(context, vocab_size, hidden_size)
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(context, hidden_size, norm_eps)
+        self._embed, self._norm = self.embed_tokens.forward, self.norm.add
+        self._layers = [layer.forward for layer in layers]
+
+    def forward(self, token_ids_T: Tensor, positions_T: Tensor, attend: StepAttention) -> Tensor:
+        """Hidden states ``[T, D]`` after the final norm."""
+        x_TD, residual_TD = self._embed(token_ids_T), None
+        for layer in self._layers:
+            x_TD, residual_TD = layer(x_TD, residual_TD, positions_T, attend)
+        return self._norm(x_TD, residual_TD)[0]
