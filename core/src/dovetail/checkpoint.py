@@ -49,7 +49,7 @@ def locate(model: str, revision: str | None = None) -> Path:
         ConfigError: neither a checkpoint folder nor a hub model that can be had.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(
                 f"The folder {model} holds no config.json, so it is not a checkpoint in Hugging Face layout. "
@@ -74,7 +74,7 @@ def locate_tokenizer(tokenizer: str) -> Path:
         ConfigError: neither a folder nor a hub model that can be had.
     """
     path = Path(tokenizer).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
     if not _HUB_ID.fullmatch(tokenizer):
         raise ConfigError(

@@ -28,7 +28,9 @@ def test_lookup_iteration_and_order():
 def test_clash():
     registry = Registry(kind="thing")
     registry.add(entry("a", plugin="first"))
-    with pytest.raises(PluginConflictError, match=r"thing 'a' of plugin 'second'.*already registered by plugin 'first'"):
+    with pytest.raises(
+        PluginConflictError, match=r"thing 'a' of plugin 'second'.*already registered by plugin 'first'"
+    ):
         registry.add(entry("a", plugin="second"))
 
 

@@ -1,0 +1,564 @@
+"""The resolver: each choice, each refusal with its remedy, and the explanation."""
+
+import dataclasses
+import json
+import logging
+
+import msgspec
+import pytest
+import torch
+
+from dovetail.config import EngineConfig
+from dovetail.contracts.attention import AttentionBackend, AttentionSpec
+from dovetail.contracts.model import Model, ModelFacts
+from dovetail.contracts.platform import Platform, Probe
+from dovetail.contracts.quant import QuantMethod
+from dovetail.contracts.specdec import SpecDecoder
+from dovetail.errors import ConfigError, PluginLoadError, ResolutionError
+from dovetail.options import EngineOptions
+from dovetail.plugins.manifest import (
+    AttentionManifest,
+    ModelManifest,
+    PlatformManifest,
+    QuantManifest,
+    SpecDecoderManifest,
+)
+from dovetail.plugins.registry import Entry, PluginStatus, Registries
+from dovetail.resolver import explain, resolve
+
+
+def concrete(base, **members):
+    """A class that defines every abstract method of a contract, so that it can stand for an implementation."""
+    abstract = {name: lambda *args, **kwargs: None for name in base.__abstractmethods__}
+    return type(f"Fake{base.__name__}", (base,), abstract | members)
+
+
+def chip(available=True, dtype=torch.bfloat16, reason="no such device; plug one in"):
+    return concrete(
+        Platform,
+        probe=classmethod(lambda cls: Probe(available=available, reason="" if available else reason)),
+        default_dtype=lambda self, checkpoint: dtype,
+    )
+
+
+Chip = chip()
+Missing = chip(available=False)
+Float = chip(dtype=torch.float32)
+Odd = chip(dtype=torch.float64)
+Incomplete = type("Incomplete", (Platform,), {"probe": classmethod(lambda cls: Probe(available=True))})
+Attention = concrete(AttentionBackend)
+Speculator = concrete(SpecDecoder)
+Quant = concrete(QuantMethod, recognises=classmethod(lambda cls, config: config.get("bits") == 4))
+NotAModel = object
+
+
+class RaisingProbe(Chip):
+    @classmethod
+    def probe(cls):
+        raise OSError("driver 1.2 is too old")
+
+
+class RaisingInit(Chip):
+    def __init__(self, config):
+        raise RuntimeError("device is lost")
+
+
+class Refusing(Chip):
+    def __init__(self, config):
+        raise ConfigError(f"--num-threads is {config.num_threads}; this machine has 1.")
+
+
+def facts(hf_config):
+    if "broken" in hf_config:
+        raise ConfigError("rope type 'x' is not supported; use another checkpoint.")
+    spec = AttentionSpec(
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=hf_config.get("head_size", 64),
+        scale=0.125,
+        window=hf_config.get("window"),
+        soft_cap=hf_config.get("soft_cap"),
+    )
+    return ModelFacts(
+        attention=[spec] * 2,
+        vocab_size=100,
+        max_positions=hf_config["positions"],
+        dtype=torch.bfloat16,
+        needs=frozenset(hf_config.get("needs", ())),
+    )
+
+
+Toy = concrete(Model, facts=classmethod(lambda cls, hf_config: facts(hf_config)))
+
+PLATFORM = PlatformManifest(
+    name="chip",
+    summary="",
+    device_type="meta",
+    dtypes=("bfloat16", "float32"),
+    attention=("fast", "plain"),
+)
+PLAIN = AttentionManifest(
+    name="plain",
+    summary="",
+    device_types=("meta",),
+    dtypes=("bfloat16", "float32"),
+    kv_dtypes=("auto", "fp8"),
+    sliding_window=True,
+    soft_cap=True,
+    verify=True,
+)
+FAST = AttentionManifest(
+    name="fast", summary="", device_types=("meta",), dtypes=("bfloat16",), head_sizes=(64, 128), block_sizes=(16, 32)
+)
+TOY = ModelManifest(name="toy", summary="", architectures=("ToyForCausalLM",))
+NONE = QuantManifest(name="none", summary="")
+FOUR = QuantManifest(name="four", summary="", checkpoint_methods=("int4",), dtypes=("bfloat16",))
+GUESS = SpecDecoderManifest(name="guess", summary="", defaults={"width": 2})
+
+
+def put(registry, manifest, attribute, **owner):
+    owner = {"plugin": "fake", "distribution": "dist-fake", "version": "1.0"} | owner
+    registry.add(Entry(manifest=manifest, target=f"{__name__}:{attribute}", **owner))
+
+
+@pytest.fixture
+def registries():
+    registries = Registries()
+    put(registries.platforms, PLATFORM, "Chip")
+    put(registries.attention, PLAIN, "Attention")
+    put(registries.attention, FAST, "Attention")
+    put(registries.models, TOY, "Toy")
+    put(registries.quant, NONE, "Quant")
+    put(registries.quant, FOUR, "Quant")
+    put(registries.spec_decoders, GUESS, "Speculator")
+    return registries
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Write a checkpoint's config.json and return options that name it."""
+
+    def options(config=None, **given):
+        content = {"architectures": ["ToyForCausalLM"], "positions": 256, "eos_token_id": 2} | (config or {})
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        return EngineOptions(**{"model": str(tmp_path)} | given)
+
+    return options
+
+
+def change(registry, name, **fields):
+    """Replace a manifest's fields, or its target."""
+    entry = registry.entries[name]
+    target = fields.pop("target", None)
+    manifest = dataclasses.replace(entry.manifest, **fields)
+    target = f"{__name__}:{target}" if target else entry.target
+    registry.entries[name] = msgspec.structs.replace(entry, manifest=manifest, target=target)
+
+
+def reasons(options, registries):
+    with pytest.raises(ResolutionError) as caught:
+        resolve(options, registries)
+    assert str(caught.value).startswith(f"Cannot run {options.model} as asked:\n  - ")
+    return list(caught.value.reasons)
+
+
+def reason(options, registries):
+    (only,) = reasons(options, registries)
+    return only
+
+
+# what resolves
+
+
+def test_defaults(make, registries, tmp_path):
+    config = resolve(make(), registries)
+    assert isinstance(config, EngineConfig)
+    assert [getattr(config, part).name for part in ("platform", "model", "attention", "quant")] == [
+        "chip",
+        "toy",
+        "fast",
+        "none",
+    ]
+    assert config.spec_decoder is None
+    assert (config.dtype, config.kv_dtype) == ("bfloat16", "bfloat16")
+    assert (config.vocab_size, config.max_model_len, config.eos_token_ids) == (100, 256, (2,))
+    assert (config.model_path, config.model_name) == (str(tmp_path), str(tmp_path))
+    assert config.kv_cache_memory is None
+    assert config.attention.why == "the platform's first that supports the model"
+    assert config.platform.distribution == "dist-fake"
+
+
+def test_options_arrive(make, registries):
+    given = {
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": 77,
+        "block_size": 32,
+        "kv_cache_memory": 0.5,
+        "enable_prefix_caching": False,
+        "scheduling_policy": "priority",
+        "seed": 5,
+        "num_threads": 1,
+        "max_model_len": 100,
+    }
+    config = resolve(make(**given), registries)
+    assert config.kv_cache_memory == 2**29
+    for name in set(given) - {"kv_cache_memory"}:
+        assert getattr(config, name) == given[name], name
+
+
+def test_configuration_crosses_processes(make, registries):
+    config = resolve(make(speculative_config={"method": "guess", "num_speculative_tokens": 2}), registries)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config
+
+
+def test_resolver_is_pure(make, registries):
+    before = registries.encode()
+    assert resolve(make(), registries) == resolve(make(), registries)
+    assert registries.encode() == before
+
+
+# platform
+
+
+def test_auto_takes_the_available_platform_of_highest_priority(make, registries):
+    put(registries.platforms, dataclasses.replace(PLATFORM, name="best", priority=9), "Missing")
+    put(registries.platforms, dataclasses.replace(PLATFORM, name="better", priority=5), "Float")
+    explanation = explain(make(), registries)
+    part = explanation.parts[0]
+    assert (part.part, part.chosen.name, part.plugin) == ("platform", "better", "fake")
+    assert [(r.name, r.reasons) for r in part.rejected] == [
+        ("best", ("not available here: no such device; plug one in",)),
+        ("chip", ("'better' comes first",)),
+    ]
+    assert explanation.config.dtype == "float32", "the platform's own default"
+
+
+def test_named_platform_must_be_available(make, registries):
+    put(registries.platforms, dataclasses.replace(PLATFORM, name="best"), "Missing")
+    text = reason(make(platform="best"), registries)
+    assert "platform 'best' of dist-fake: not available here: no such device; plug one in" in text
+    assert text.endswith("leave out --platform to use what is available.")
+
+
+def test_no_platform_is_available(make, registries):
+    change(registries.platforms, "chip", target="Missing")
+    assert "no such device" in reason(make(), registries)
+
+
+def test_no_platform_is_registered(make, registries):
+    registries.platforms.entries.clear()
+    assert "No platform is registered; reinstall dovetail-core" in reason(make(), registries)
+
+
+def test_unknown_names_are_all_reported_with_the_nearest(make, registries):
+    given = {"platform": "chop", "attention": "fats", "quantization": "fourr"}
+    found = reasons(make(speculative_config={"method": "gues", "num_speculative_tokens": 1}, **given), registries)
+    for near in ("chip", "fast", "four", "guess"):
+        assert sum(f"Did you mean '{near}'?" in text for text in found) == 1
+
+
+def test_probe_that_raises_is_a_reason(make, registries):
+    change(registries.platforms, "chip", target="RaisingProbe")
+    assert "its probe raised OSError: driver 1.2 is too old" in reason(make(), registries)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("NoSuchClass", "cannot be imported from"),
+        ("NotAModel", "is not a subclass of dovetail.contracts.platform.Platform"),
+        ("Incomplete", "leaves methods of its contract undefined: __init__, compile, default_dtype"),
+    ],
+)
+def test_class_that_breaks_its_contract(make, registries, target, expected):
+    change(registries.platforms, "chip", target=target)
+    assert expected in reason(make(platform="chip"), registries)
+
+
+def test_broken_candidate_of_auto_is_passed_over_with_a_warning(make, registries, caplog):
+    put(registries.platforms, dataclasses.replace(PLATFORM, name="best", priority=9), "NoSuchClass")
+    with caplog.at_level(logging.WARNING, logger="dovetail.resolver"):
+        config = resolve(make(), registries)
+    assert config.platform.name == "chip"
+    assert "'best' of plugin 'fake' (dist-fake 1.0) cannot be imported" in caplog.text
+
+
+# dtype
+
+
+def test_dtype_that_the_platform_lacks(make, registries):
+    found = reasons(make(dtype="float16"), registries)
+    assert "platform 'chip' does not compute in --dtype float16; choose auto or bfloat16 or float32." in found
+
+
+def test_explicit_dtype(make, registries):
+    config = resolve(make(dtype="float32"), registries)
+    assert (config.dtype, config.kv_dtype) == ("float32", "float32")
+    assert config.attention.name == "plain", "the first backend does not accept it"
+
+
+def test_auto_dtype_outside_the_manifest_is_refused(make, registries):
+    change(registries.platforms, "chip", target="Odd")
+    assert "answers --dtype auto with float64, which its own manifest does not list" in reason(make(), registries)
+
+
+def test_platform_that_cannot_start(make, registries):
+    change(registries.platforms, "chip", target="RaisingInit")
+    assert "platform 'chip' failed to start: RuntimeError: device is lost" in reason(make(), registries)
+    change(registries.platforms, "chip", target="Refusing")
+    assert reason(make(num_threads=9), registries) == "--num-threads is 9; this machine has 1."
+
+
+# model
+
+
+def test_unknown_architecture(make, registries):
+    text = reason(make({"architectures": ["ToyForCausalML"]}), registries)
+    assert "No installed plugin serves the architecture ToyForCausalML. Did you mean 'ToyForCausalLM'?" in text
+    assert "Served: ToyForCausalLM. Install the distribution that brings it" in text
+
+
+def test_unknown_architecture_mentions_broken_plugins(make, registries):
+    broken = PluginStatus(name="zoo", distribution="dist-zoo", version="3", state="failed", error="ImportError: x")
+    registries.freeze((broken,))
+    assert "plugin 'zoo' (dist-zoo 3) might provide it" in reason(make({"architectures": ["Zebra"]}), registries)
+
+
+def test_config_without_architectures(make, registries):
+    assert "names no architectures" in reason(make({"architectures": None}), registries)
+
+
+def test_family_that_refuses_the_checkpoint(make, registries):
+    text = reason(make({"broken": True}), registries)
+    assert text == "model family 'toy' of dist-fake: rope type 'x' is not supported; use another checkpoint."
+
+
+def test_family_that_cannot_read_the_checkpoint(make, registries):
+    assert "cannot read config.json: TypeError" in reason(make({"needs": 1}), registries)
+
+
+def test_platforms_own_family_wins_there_by_priority(make, registries):
+    own = dataclasses.replace(TOY, name="toy-chip", platform="chip")
+    put(registries.models, own, "Toy")
+    assert resolve(make(), registries).model.name == "toy-chip", "equal priority: the specific one"
+    change(registries.models, "toy", priority=1)
+    assert resolve(make(), registries).model.name == "toy"
+    change(registries.models, "toy-chip", priority=2)
+    assert resolve(make(), registries).model.name == "toy-chip"
+
+
+def test_another_platforms_family_is_passed_over(make, registries):
+    put(registries.models, dataclasses.replace(TOY, name="toy-other", platform="other", priority=9), "Toy")
+    model = explain(make(), registries).parts[1]
+    assert model.chosen.name == "toy"
+    assert model.rejected[0].reasons == ("made for platform 'other' alone",)
+
+
+# attention
+
+
+def test_auto_takes_the_platforms_order(make, registries):
+    change(registries.platforms, "chip", attention=("plain", "fast"))
+    change(registries.attention, "fast", priority=100)
+    part = explain(make(), registries).parts[2]
+    assert part.chosen.name == "plain"
+    assert part.rejected[0].reasons == ("'plain' comes first",)
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "expected"),
+    [
+        ({"window": 8}, {}, "lacks sliding_window, which the model needs"),
+        ({"soft_cap": 50.0}, {}, "lacks soft_cap, which the model needs"),
+        ({"head_size": 80}, {}, "has no head size 80, which the model needs (it has 64, 128)"),
+        ({}, {"dtype": "float32"}, "does not accept float32; choose --dtype bfloat16"),
+        ({}, {"block_size": 48}, "has no 48-token blocks; choose --block-size 16 or 32"),
+        ({}, {"kv_cache_dtype": "fp8"}, "cannot store the KV cache as fp8; choose --kv-cache-dtype auto"),
+        (
+            {},
+            {"speculative_config": {"method": "guess", "num_speculative_tokens": 1}},
+            "cannot verify drafts; leave out --speculative-config",
+        ),
+    ],
+)
+def test_backend_that_lacks_something(make, registries, config, given, expected):
+    """auto takes the next that can and says why; the named one is refused, with what to change."""
+    part = explain(make(config, **given), registries).parts[2]
+    assert part.chosen.name == "plain"
+    (passed_over,) = [r for r in part.rejected if r.name == "fast"]
+    assert any(expected in text for text in passed_over.reasons)
+    text = reason(make(config, attention="fast", **given), registries)
+    assert text.startswith("attention backend 'fast' of dist-fake: ")
+    assert expected in text
+    assert text.endswith("choose another --attention.")
+
+
+def test_all_gaps_of_all_backends_are_collected(make, registries):
+    found = reasons(make({"needs": ["mla"], "window": 4}, block_size=48, kv_cache_dtype="int3"), registries)
+    plain = [text for text in found if "'plain'" in text]
+    fast = [text for text in found if "'fast'" in text]
+    assert len(plain) == 2, plain
+    assert len(fast) == 4, fast
+
+
+def test_backend_of_another_device(make, registries):
+    put(registries.attention, dataclasses.replace(PLAIN, name="alien", device_types=("mars",)), "Attention")
+    assert "runs on mars, not on meta of platform 'chip'" in reason(make(attention="alien"), registries)
+
+
+def test_backend_that_the_platform_does_not_list_must_be_asked_for(make, registries):
+    put(registries.attention, dataclasses.replace(PLAIN, name="third"), "Attention")
+    part = explain(make(), registries).parts[2]
+    assert part.rejected[-1].name == "third"
+    assert "ask for it with --attention" in part.rejected[-1].reasons[0]
+    assert resolve(make(attention="third"), registries).attention.why == "asked for with --attention"
+
+
+def test_platform_lists_only_backends_that_are_not_installed(make, registries):
+    change(registries.platforms, "chip", attention=("gone",))
+    text = reason(make(), registries)
+    assert "lists attention backends gone, but none of them is registered" in text
+    assert "Registered: fast, plain." in text
+
+
+def test_kv_dtype(make, registries):
+    assert resolve(make(kv_cache_dtype="fp8"), registries).kv_dtype == "fp8"
+    assert resolve(make(kv_cache_dtype="bfloat16"), registries).kv_dtype == "bfloat16", "the activation dtype itself"
+
+
+# quantization
+
+INT4 = {"quantization_config": {"quant_method": "int4", "bits": 4}}
+
+
+def test_quantized_checkpoint_is_recognised(make, registries):
+    quant = resolve(make(INT4), registries).quant
+    assert (quant.name, quant.why) == ("four", "recognises the checkpoint's quantization_config")
+    assert resolve(make(INT4, quantization="four"), registries).quant.why == "asked for with --quantization"
+
+
+def test_unreadable_quantization(make, registries):
+    text = reason(make({"quantization_config": {"quant_method": "int7"}}), registries)
+    assert "quantized with 'int7', which no installed plugin can read. Install" in text
+
+
+def test_method_that_does_not_recognise_the_section(make, registries):
+    text = reason(make({"quantization_config": {"quant_method": "int4", "bits": 3}}), registries)
+    assert "quantization method 'four' of dist-fake: does not recognise the checkpoint's quantization_config" in text
+
+
+def test_two_methods_for_one_checkpoint(make, registries):
+    put(registries.quant, dataclasses.replace(FOUR, name="four-fast", priority=1), "Quant")
+    part = explain(make(INT4), registries).parts[3]
+    assert (part.chosen.name, part.rejected[0].reasons) == ("four-fast", ("'four-fast' comes first",))
+
+
+def test_named_method_against_the_checkpoint(make, registries):
+    assert "quantized with 'int4'; leave out --quantization" in reason(make(INT4, quantization="none"), registries)
+    assert "cannot quantize while loading" in reason(make(quantization="four"), registries)
+
+
+def test_quantize_on_load(make, registries):
+    change(registries.quant, "four", on_load=True)
+    assert resolve(make(quantization="four"), registries).quant.name == "four"
+
+
+def test_method_that_does_not_work_in_the_dtype(make, registries):
+    text = reason(make(INT4, dtype="float32"), registries)
+    assert "does not work with activations in float32; choose --dtype bfloat16." in text
+
+
+def test_method_that_needs_an_unknown_operation(make, registries):
+    change(registries.quant, "four", ops=frozenset({"linear", "warp"}))
+    assert "needs operations that this core lacks: warp;" in reason(make(INT4), registries)
+
+
+# speculation
+
+
+def test_speculation(make, registries):
+    section = {"method": "guess", "num_speculative_tokens": 3, "width": 7}
+    config = resolve(make(speculative_config=section), registries)
+    assert (config.spec_decoder.name, config.num_speculative_tokens) == ("guess", 3)
+    assert config.spec_options == {"width": 7}
+    assert config.attention.name == "plain"
+    del section["width"]
+    assert resolve(make(speculative_config=section), registries).spec_options == {"width": 2}, "the default"
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({}, "has method None; name a registered one (registered: guess)"),
+        ({"method": "guess"}, "num_speculative_tokens None; give a whole number of at least 1"),
+        ({"method": "guess", "num_speculative_tokens": 0}, "num_speculative_tokens 0;"),
+        ({"method": "guess", "num_speculative_tokens": True}, "num_speculative_tokens True;"),
+        ({"method": "guess", "num_speculative_tokens": 1, "widht": 1}, "no option 'widht'. Did you mean 'width'?"),
+        ({"method": "guess", "num_speculative_tokens": 1, "model": "m"}, "no option 'model'"),
+    ],
+)
+def test_wrong_speculative_config(make, registries, section, expected):
+    assert expected in reason(make(speculative_config=section), registries)
+
+
+def test_draft_model(make, registries):
+    change(registries.spec_decoders, "guess", needs_draft_model=True)
+    section = {"method": "guess", "num_speculative_tokens": 1}
+    assert "needs a draft model" in reason(make(speculative_config=section), registries)
+    config = resolve(make(speculative_config=section | {"model": "m"}), registries)
+    assert config.spec_options == {"model": "m", "width": 2}
+
+
+def test_broken_speculator(make, registries):
+    change(registries.spec_decoders, "guess", target="NoSuchClass")
+    section = {"method": "guess", "num_speculative_tokens": 1}
+    assert "cannot be imported" in reason(make(speculative_config=section), registries)
+
+
+# lengths
+
+
+def test_context_longer_than_the_checkpoints(make, registries):
+    text = reason(make(max_model_len=257), registries)
+    assert text == (
+        "--max-model-len 257 exceeds the 256 positions that the checkpoint was made for; choose at most 256."
+    )
+    assert resolve(make(max_model_len=256), registries).max_model_len == 256
+
+
+def test_without_chunked_prefill_a_prompt_must_fit_one_step(make, registries):
+    given = {"enable_chunked_prefill": False, "max_num_batched_tokens": 100}
+    assert "Without chunked prefill a prompt of up to 256 tokens" in reason(make(**given), registries)
+    assert not resolve(make(max_model_len=100, **given), registries).enable_chunked_prefill
+
+
+# plugins that were asked for
+
+
+def test_broken_plugin_that_was_asked_for_stops_everything(make, registries):
+    broken = PluginStatus(
+        name="zoo", distribution="dist-zoo", version="3", state="failed", asked=True, error="ImportError: libzoo"
+    )
+    registries.freeze((broken,))
+    with pytest.raises(PluginLoadError, match=r"names plugin 'zoo' \(dist-zoo 3\), which failed: ImportError: libzoo"):
+        resolve(make(), registries)
+    explanation = explain(make(), registries)
+    assert explanation.config is None
+    assert "libzoo" in explanation.reasons[0]
+
+
+def test_broken_plugin_that_nobody_asked_for_does_not(make, registries):
+    broken = PluginStatus(name="zoo", distribution="dist-zoo", version="3", state="failed", error="ImportError: libzoo")
+    registries.freeze((broken,))
+    assert resolve(make(), registries).model.name == "toy"
+
+
+def test_reasons_of_different_parts_come_together(make, registries):
+    found = reasons(
+        make({"quantization_config": {"quant_method": "int7"}}, max_model_len=999, attention="nope"), registries
+    )
+    assert len(found) == 3
+
+
+def test_explanation_is_json(make, registries):
+    json.dumps(msgspec.to_builtins(explain(make(), registries)))
