@@ -11,7 +11,7 @@ from dovetail.plugins.registry import nearest
 
 
 def read(path: Path, known: Mapping[str, type]) -> dict[str, Any]:
-    """The values of a YAML file, by field name; dashes and underscores are the same.
+    """The values of a YAML file, by field name; dashes and underscores are the same, and null means the default.
 
     Args:
         known: the type of each key that the command takes.
@@ -42,7 +42,7 @@ def read(path: Path, known: Mapping[str, type]) -> dict[str, Any]:
         if name in values:
             raise ConfigError(f"--config {path} gives {name} twice; keep one.")
         values[name] = None if value is None else _checked(path, name, value, known[name])
-    return values
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _checked(path: Path, name: str, value: Any, kind: type) -> Any:

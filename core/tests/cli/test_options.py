@@ -1,0 +1,161 @@
+"""Options made from the dataclasses: flags, the YAML file, the environment, and who wins."""
+
+import dataclasses
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from dovetail.cli import options as cli_options
+from dovetail.cli.main import cli
+from dovetail.errors import ConfigError
+from dovetail.options import EngineOptions, ServerOptions, flag
+
+
+def collect(*arguments, config=None, tmp_path=None, classes=(EngineOptions, ServerOptions), env=None):
+    """Run a command that returns the options it receives."""
+
+    @click.command()
+    @cli_options.with_options(*classes)
+    def command(*instances):
+        return instances
+
+    words = [str(word) for word in arguments]
+    if config is not None:
+        file = tmp_path / "options.yaml"
+        file.write_text(config)
+        words += ["--config", str(file)]
+    result = CliRunner().invoke(command, words, standalone_mode=False, env={"DOVETAIL_API_KEY": None} | (env or {}))
+    if result.exception is not None:
+        raise result.exception
+    return result.return_value
+
+
+def test_defaults_are_the_dataclasses():
+    assert collect() == (EngineOptions(), ServerOptions())
+
+
+EXAMPLES = {int: 3, float: 1.5, str: "text", dict: {"method": "x"}, bool: None}
+CHECKED = {"max_num_batched_tokens": 100, "dtype": "float32", "scheduling_policy": "priority", "log_level": "debug"}
+
+
+@pytest.mark.parametrize("cls", [EngineOptions, ServerOptions])
+def test_every_field_by_flag_and_by_yaml(cls, tmp_path):
+    import json
+
+    import yaml
+
+    for field in dataclasses.fields(cls):
+        kind = cli_options.kinds(cls)[field.name]
+        value = CHECKED.get(field.name, EXAMPLES[kind])
+        if kind is bool:
+            value = not field.default
+            words = [flag(field.name) if value else f"--no-{flag(field.name)[2:]}"]
+        elif field.name == "model":
+            words = [value]
+        else:
+            words = [flag(field.name), json.dumps(value) if kind is dict else value]
+        if field.name == "max_num_batched_tokens":
+            words += ["--max-num-seqs", 2]
+        (by_flag,) = collect(*words, classes=(cls,))
+        assert getattr(by_flag, field.name) == value
+        text = yaml.safe_dump({field.name: value, **({"max_num_seqs": 2} if len(words) == 4 else {})})
+        (by_file,) = collect(config=text, tmp_path=tmp_path, classes=(cls,))
+        assert by_file == by_flag, field.name
+
+
+def test_flags_win_over_the_file(tmp_path):
+    engine, server = collect(
+        "--seed",
+        5,
+        "--no-enable-prefix-caching",
+        config="seed: 4\nport: 9\nenable_prefix_caching: true",
+        tmp_path=tmp_path,
+    )
+    assert (engine.seed, engine.enable_prefix_caching, server.port) == (5, False, 9)
+
+
+def test_model_argument_wins_over_the_file(tmp_path):
+    assert collect("a", config="model: b", tmp_path=tmp_path)[0].model == "a"
+    assert collect(config="model: b", tmp_path=tmp_path)[0].model == "b"
+
+
+def test_dashes_and_underscores_are_the_same_in_the_file(tmp_path):
+    assert collect(config="max-num-seqs: 7", tmp_path=tmp_path)[0].max_num_seqs == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("max_num_seq: 7", r"unknown key 'max_num_seq'\. Did you mean 'max_num_seqs'\?"),
+        ("seed: '7'", "seed is '7'; it must be a whole number"),
+        ("seed: true", "seed is True; it must be a whole number"),
+        ("seed: 1.5", "seed is 1.5; it must be a whole number"),
+        ("kv_cache_memory: true", "kv_cache_memory is True; it must be a number"),
+        ("enable_prefix_caching: 1", "enable_prefix_caching is 1; it must be true or false"),
+        ("model: 7", "model is 7; it must be a string"),
+        ("speculative_config: x", "speculative_config is 'x'; it must be a mapping"),
+        ("seed: 1\nse-ed: 2", "unknown key 'se-ed'"),
+        ("max-num-seqs: 1\nmax_num_seqs: 2", "gives max_num_seqs twice"),
+        ("- a", "holds a list"),
+        ("a: [", "is not YAML"),
+        ("\x00", "is not YAML"),
+    ],
+)
+def test_wrong_file(text, expected, tmp_path):
+    with pytest.raises(ConfigError, match=expected):
+        collect(config=text, tmp_path=tmp_path)
+
+
+def test_file_values_are_checked_like_flags(tmp_path):
+    with pytest.raises(ConfigError, match="--dtype is 'int3'; choose one of"):
+        collect(config="dtype: int3", tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "seed: null", "revision: null"])
+def test_empty_file_and_null_mean_the_default(text, tmp_path):
+    assert collect(config=text, tmp_path=tmp_path)[0] == EngineOptions()
+
+
+def test_whole_number_where_a_number_is_asked(tmp_path):
+    value = collect(config="kv_cache_memory: 2", tmp_path=tmp_path)[0].kv_cache_memory
+    assert (value, type(value)) == (2.0, float)
+
+
+def test_wrong_range_names_the_flag():
+    with pytest.raises(ConfigError, match="--max-num-seqs is 0"):
+        collect("--max-num-seqs", 0)
+
+
+@pytest.mark.parametrize(("value", "expected"), [("{", "is not JSON"), ("[1]", "not an object")])
+def test_wrong_json(value, expected):
+    with pytest.raises(click.BadParameter, match=expected):
+        collect("--speculative-config", value)
+
+
+def test_api_key_from_the_environment_is_the_last_resort(tmp_path):
+    environment = {"DOVETAIL_API_KEY": "from-env"}
+    assert collect(env=environment)[1].api_key == "from-env"
+    assert collect(config="api_key: from-file", tmp_path=tmp_path, env=environment)[1].api_key == "from-file"
+    assert collect("--api-key", "from-flag", env=environment)[1].api_key == "from-flag"
+
+
+def test_arguments_is_the_inverse():
+    options = EngineOptions(
+        model="m", seed=4, enable_prefix_caching=False, speculative_config={"method": "x", "n": 1}, kv_cache_memory=0.5
+    )
+    assert collect(*cli_options.arguments(options), classes=(EngineOptions,)) == (options,)
+    assert cli_options.arguments(EngineOptions()) == []
+
+
+def test_as_arguments_rebuilds_the_options():
+    options = EngineOptions(model="m", seed=4)
+    assert EngineOptions(**cli_options.as_arguments(options)) == options
+
+
+def test_help_shows_defaults_and_choices():
+    shown = " ".join(CliRunner().invoke(cli, ["serve", "--help"]).output.split())
+    assert "[auto|bfloat16|float16|float32]" in shown
+    assert "Most requests computed in one step. [default: 64]" in shown
+    assert "--enable-prefix-caching / --no-enable-prefix-caching" in shown
+    assert "[default: None]" not in shown

@@ -1,0 +1,52 @@
+"""`dovetail plugins`."""
+
+import json
+import sys
+
+import pytest
+
+from dovetail.cli.main import run
+from dovetail.testing.fake_plugins import install
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    yield install(tmp_path, "broken", "import no_such_module_shown", version="4.2")
+    sys.modules.pop("fake_broken_dist_broken", None)
+
+
+def test_table_shows_what_each_provides_and_why_it_failed(broken, capsys):
+    assert run(["plugins"]) == 0
+    captured = capsys.readouterr()
+    assert "platform: cpu" in captured.out
+    assert "attention: cpu, reference" in captured.out
+    assert "plugin 'broken' (dist-broken 4.2) failed: ModuleNotFoundError" in captured.out
+    assert "Traceback (most recent call last)" in captured.out
+    assert captured.err == "", "the table says it; no warning besides"
+
+
+def test_disabled_plugin_is_shown(broken, capsys, monkeypatch):
+    monkeypatch.setenv("DOVETAIL_DISABLE_PLUGINS", "broken")
+    assert run(["plugins"]) == 0
+    shown = capsys.readouterr().out
+    assert "disabled" in shown
+    assert "Traceback" not in shown
+
+
+def test_json_form(broken, capsys):
+    assert run(["plugins", "--json"]) == 0
+    found = {plugin["name"]: plugin for plugin in json.loads(capsys.readouterr().out)["plugins"]}
+    keys = {"name", "distribution", "version", "state", "asked", "error", "traceback", "provides"}
+    assert all(set(plugin) == keys for plugin in found.values())
+    assert found["builtin"]["provides"]["platforms"] == ["cpu"]
+    failed = found["broken"]
+    assert (failed["distribution"], failed["version"], failed["state"]) == ("dist-broken", "4.2", "failed")
+    assert "no_such_module_shown" in failed["error"]
+
+
+def test_wrong_list_is_one_message(broken, capsys, monkeypatch):
+    monkeypatch.setenv("DOVETAIL_PLUGINS", "brokne")
+    assert run(["plugins"]) == 2
+    assert "error: DOVETAIL_PLUGINS names 'brokne'" in capsys.readouterr().err
