@@ -74,7 +74,7 @@ def locate_tokenizer(tokenizer: str) -> Path:
         ConfigError: neither a folder nor a hub model that can be had.
     """
     path = Path(tokenizer).expanduser()
-    if model and path.is_dir():
+    if tokenizer and path.is_dir():
         return path
     if not _HUB_ID.fullmatch(tokenizer):
         raise ConfigError(
