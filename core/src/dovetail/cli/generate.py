@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from dovetail.cli import log, sampling
-from dovetail.cli.options import engine_command, json_option
+from dovetail.cli.options import as_arguments, engine_command, json_option
 from dovetail.errors import ConfigError
 from dovetail.options import EngineOptions
+from dovetail.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from dovetail import LLM, RequestOutput, SamplingParams
+    from dovetail import LLM, RequestOutput
 
 
 @click.command()
@@ -46,15 +48,15 @@ def generate(
     """
     log.set_up(log_level)
     texts = _prompts(prompts, file)
-    from dovetail import LLM, SamplingParams
-    from dovetail.cli.options import as_arguments
+    from dovetail import LLM
 
-    params = SamplingParams(n=n, **sampling.given(values))
-    llm = LLM(**as_arguments(engine))
-    if len(texts) == 1 and n == 1 and not as_json:
-        _stream(llm, texts[0], params)
-        return
-    outputs = llm.generate(texts, params)
+    with LLM(**as_arguments(engine)) as llm:
+        recommended = msgspec.structs.asdict(llm.get_default_sampling_params())
+        params = SamplingParams(**recommended | sampling.given(values) | {"n": n})
+        if len(texts) == 1 and n == 1 and not as_json:
+            _stream(llm, texts[0], params)
+            return
+        outputs = llm.generate(texts, params)
     if as_json:
         click.echo(json.dumps([_to_json(output) for output in outputs], ensure_ascii=False, indent=2))
         return

@@ -9,7 +9,7 @@ import click
 
 _OPTIONS = (
     click.option("--max-tokens", type=int, default=256, show_default=True, help="Most tokens to generate."),
-    click.option("--temperature", type=float, help="0 is greedy; default: 0.7."),
+    click.option("--temperature", type=float, help="0 is greedy; default: what the model recommends."),
     click.option("--top-p", type=float, help="Keep the likeliest tokens of this total probability."),
     click.option("--top-k", type=int, help="Keep this many of the likeliest tokens."),
     click.option(
@@ -17,9 +17,6 @@ _OPTIONS = (
     ),
     click.option("--stop", multiple=True, help="Text that ends generation; may be given several times."),
 )
-
-DEFAULT_TEMPERATURE = 0.7
-
 
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--max-tokens``, ``--temperature``, ``--top-p``, ``--top-k``, ``--min-p`` and ``--stop``."""
@@ -29,6 +26,5 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def given(values: dict[str, Any]) -> dict[str, Any]:
-    """What the user set, plus the default temperature, ready for ``SamplingParams`` or a request body."""
-    chosen = {name: value for name, value in values.items() if value is not None and value != ()}
-    return {"temperature": DEFAULT_TEMPERATURE, **chosen}
+    """What the user set, ready for ``SamplingParams`` or a request body."""
+    return {name: value for name, value in values.items() if value is not None and value != ()}

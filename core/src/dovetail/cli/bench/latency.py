@@ -39,10 +39,10 @@ def latency(
     log.set_up(log_level)
     from dovetail import LLM, SamplingParams
 
-    llm = LLM(**as_arguments(engine))
     params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True, detokenize=False)
     prompts = workload.random_prompts(runs + 1, input_len, vocab_size, engine.seed)
-    measured = [_measure(llm, prompt, params) for prompt in prompts][1:]
+    with LLM(**as_arguments(engine)) as llm:
+        measured = [_measure(llm, prompt, params) for prompt in prompts][1:]
     numbers: dict[str, float | int | str] = {
         "runs": runs,
         "input_tokens": input_len,
@@ -59,7 +59,7 @@ def _measure(llm: LLM, prompt: list[int], params: SamplingParams) -> tuple[float
     """Seconds to the first token, and to the last."""
     started = time.perf_counter()
     first = 0.0
-    for output in llm.stream({"prompt_token_ids": prompt}, params):
+    for output in llm.stream(prompt, params):
         if not first and output.outputs[0].token_ids:
             first = time.perf_counter() - started
     return first, time.perf_counter() - started

@@ -32,12 +32,12 @@ def throughput(
     log.set_up(log_level)
     from dovetail import LLM, SamplingParams
 
-    llm = LLM(**as_arguments(engine))
     params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True, detokenize=False)
     prompts = workload.random_prompts(num_prompts, input_len, vocab_size, engine.seed)
-    started = time.perf_counter()
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
-    seconds = time.perf_counter() - started
+    with LLM(**as_arguments(engine)) as llm:
+        started = time.perf_counter()
+        outputs = llm.generate(prompts, params)
+        seconds = time.perf_counter() - started
     generated = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
     numbers = {
         "requests": num_prompts,
