@@ -12,19 +12,6 @@ from dovetail.cli import main as cli_main
 from dovetail.cli.bench.group import bench
 from dovetail.errors import ConfigError, DovetailError, EngineDeadError, UnknownNameError
 
-HEAVY = ("torch", "transformers", "numpy", "starlette", "huggingface_hub", "rich", "httpx", "pydantic", "yaml")
-
-
-def fresh(code):
-    """Run code in a fresh interpreter; returns what it prints as JSON."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def loaded_after(statement):
-    heavy = f"print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
-    return fresh(f"import json, sys\n{statement}\n{heavy}")
-
 
 def commands():
     context = click.Context(cli_main.cli)
@@ -32,18 +19,6 @@ def commands():
         for name in group.list_commands(context):
             yield group.get_command(context, name)
     yield cli_main.cli
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["serve", "--help"], ["bench", "--help"], ["bench", "serve", "--help"]]
-)
-def test_help_imports_nothing_heavy(arguments):
-    assert loaded_after(f"from dovetail.cli.main import run\nassert run({arguments!r}) == 0") == []
-
-
-def test_package_and_discovery_import_nothing_heavy():
-    assert loaded_after("import dovetail") == []
-    assert loaded_after("from dovetail.plugins.host import PluginHost; PluginHost().discover()") == []
 
 
 def test_python_dash_m_is_the_same_program():

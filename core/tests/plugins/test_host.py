@@ -76,6 +76,37 @@ def test_plugin_is_loaded_with_its_owner_recorded(site):
     assert "toys" not in sys.modules, "targets are lazy"
 
 
+ALL_HOOKS = {
+    "dovetail_register_platforms": (
+        "platforms",
+        "PlatformManifest(name='x', summary='', device_type='meta', dtypes=(), attention=())",
+    ),
+    "dovetail_register_attention_backends": (
+        "attention",
+        "AttentionManifest(name='x', summary='', device_types=(), dtypes=())",
+    ),
+    "dovetail_register_models": ("models", "ModelManifest(name='x', summary='', architectures=())"),
+    "dovetail_register_quant_methods": ("quant", "QuantManifest(name='x', summary='')"),
+    "dovetail_register_spec_decoders": ("spec_decoders", "SpecDecoderManifest(name='x', summary='')"),
+}
+
+
+@pytest.mark.parametrize("hook", ALL_HOOKS)
+def test_each_hook_fills_its_registry(site, hook):
+    kind, manifest = ALL_HOOKS[hook]
+    source = f"""
+from dovetail import hookimpl
+from dovetail.plugins.manifest import *
+
+@hookimpl
+def {hook}(register): register({manifest}, "a.b:C")
+"""
+    install(site, "one", source)
+    discovery = PluginHost().discover()
+    assert status(discovery, "one").provides == {kind: ("x",)}
+    assert discovery.registries.by_kind()[kind].get("x").plugin == "one"
+
+
 def test_import_error(site):
     broken = fail(site, "import no_such_module_anywhere")
     assert broken.error == "ModuleNotFoundError: No module named 'no_such_module_anywhere'"
