@@ -1,0 +1,63 @@
+"""One random tiny checkpoint per family and kind of attention, through the whole engine: greedy tokens equal transformers'."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from dovetail.testing.engines import engine_request, run_until_idle
+
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+MIXED = {"use_sliding_window": True, "sliding_window": 20}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"rope_parameters": YARN}),
+    "mistral": ("Mistral", {"sliding_window": 20}),
+    "qwen2": ("Qwen2", {**MIXED, "max_window_layers": 2}),
+    "qwen3": ("Qwen3", {**MIXED, "layer_types": ["sliding_attention", "full_attention"] * 2, "head_dim": 64}),
+}
+COUNT = 40
+
+
+@pytest.mark.parametrize("platform", ["cpu", "reference", "ladder"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers(make_engine, tmp_path: Path, family: str, platform: str) -> None:
+    name, changes = FAMILIES[family]
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{name}Config")(**(TINY | changes))
+    theirs = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    theirs.save_pretrained(tmp_path)
+    rng = random.Random(5)
+    shared = [rng.randrange(128) for _ in range(35)]
+    prompts = [shared + [rng.randrange(128) for _ in range(n)] for n in (1, 9, 30)]
+    prompts += [[rng.randrange(128) for _ in range(n)] for n in (3, 50)]
+    engine = make_engine(tmp_path, platform, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=24)
+    for _ in range(2):  # the second time from the prefix cache
+        for i, prompt in enumerate(prompts):
+            engine.add(engine_request(prompt, request_id=str(i), max_tokens=COUNT))
+        completions = run_until_idle(engine)
+        for i, prompt in enumerate(prompts):
+            ids = torch.tensor([prompt])
+            mask = torch.ones_like(ids)
+            with torch.inference_mode():
+                tokens = theirs.generate(ids, attention_mask=mask, max_new_tokens=COUNT, do_sample=False)
+            assert completions[str(i)].token_ids == tokens[0, len(prompt) :].tolist(), f"prompt {i}"
+    assert engine.stats().prefix_hits > 0
