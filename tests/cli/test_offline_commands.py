@@ -1,0 +1,122 @@
+"""The commands that run an engine in their own process, on the demo model."""
+
+import io
+import json
+import logging
+
+import pytest
+
+from dovetail import LLM, SamplingParams
+from dovetail.cli.main import run
+
+
+@pytest.fixture(autouse=True)
+def quiet_log():
+    """The commands set up logging for their process; put it back."""
+    logger = logging.getLogger("dovetail")
+    before = (logger.handlers, logger.propagate, logger.level)
+    yield
+    logger.handlers, logger.propagate = before[:2]
+    logger.setLevel(before[2])
+
+
+def expected(prompts, max_tokens):
+    with LLM(platform="plain", max_model_len=256, max_num_seqs=4, max_num_batched_tokens=64) as llm:
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=max_tokens))
+    return [output.outputs[0].text for output in outputs]
+
+
+GREEDY = ["--temperature", "0", "--max-tokens", "8"]
+
+
+def test_generate_streams_one_prompt(plain, capsys):
+    (text,) = expected(["Once upon a time"], 8)
+    assert run(["generate", *plain, "--prompt", "Once upon a time", *GREEDY]) == 0
+    assert capsys.readouterr().out == f"Once upon a time{text}\n"
+    assert text
+
+
+def test_generate_json_from_file_and_flags(plain, capsys, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("The old king\n\nA fox\n")
+    prompts = ["Once upon a time", "The old king", "A fox"]
+    texts = expected(prompts, 8)
+    assert run(["generate", *plain, "-p", prompts[0], "--file", str(file), *GREEDY, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [output["prompt"] for output in found] == prompts
+    assert [output["outputs"][0]["text"] for output in found] == texts
+    assert all(o["outputs"][0]["finish_reason"] in ("length", "stop") for o in found)
+
+
+def test_generate_several_completions_from_standard_input(plain, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once upon a time\n"))
+    assert run(["generate", *plain, "--n", "2", *GREEDY]) == 0
+    (text,) = expected(["Once upon a time"], 8)
+    assert capsys.readouterr().out == f"Once upon a time{text}\n" * 2
+
+
+def test_generate_without_a_prompt(plain, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert run(["generate", *plain]) == 2
+    assert "There is no prompt; give one with --prompt" in capsys.readouterr().err
+
+
+def test_generate_with_a_wrong_parameter(plain, capsys):
+    assert run(["generate", *plain, "-p", "x", "--top-p", "2"]) == 1
+    assert "error: top_p is 2.0; it must be in (0.0, 1.0]." in capsys.readouterr().err
+
+
+def test_refusal_names_everything_that_has_to_change(plain, capsys):
+    assert (
+        run(["generate", *plain, "-p", "x", "--attention", "refrence", "--kv-cache-memory", "1", "--dtype", "float16"])
+        == 2
+    )
+    message = capsys.readouterr().err
+    assert "error: Cannot run fable-4m as asked:" in message
+    assert "Did you mean 'reference'?" in message
+    assert "does not compute in --dtype float16; choose auto or float32." in message
+
+
+def test_explain(plain, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["explain", *plain]) == 0
+    shown = capsys.readouterr().out
+    for text in ("plain (dist-plain 1.0)", "asked for with --platform", "attention cpu was not taken", "float32"):
+        assert text in shown
+
+
+def test_explain_json(plain, capsys):
+    assert run(["explain", *plain, "--json"]) == 0
+    explanation = json.loads(capsys.readouterr().out)
+    assert explanation["reasons"] == []
+    assert explanation["config"]["platform"]["distribution"] == "dist-plain"
+    assert [part["part"] for part in explanation["parts"]] == [
+        "platform",
+        "model",
+        "attention",
+        "quantization",
+        "speculation",
+    ]
+
+
+def test_explain_refusal(plain, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["explain", *plain, "--max-model-len", "4096"]) == 1
+    assert "--max-model-len 4096 exceeds the 2048 positions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("output_len", [1, 3])
+def test_bench_latency(plain, capsys, output_len):
+    words = ["--runs", "2", "--input-len", "5", "--output-len", str(output_len), "--json"]
+    assert run(["bench", "latency", *plain, *words]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert 0 < numbers["ttft_p50_ms"] <= numbers["e2e_p50_ms"]
+    assert ("tpot_p50_ms" in numbers) == (output_len > 1)
+
+
+def test_bench_throughput(plain, capsys):
+    words = ["--num-prompts", "6", "--input-len", "5", "--output-len", "3", "--json"]
+    assert run(["bench", "throughput", *plain, *words]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert (numbers["requests"], numbers["input_tokens"], numbers["output_tokens"]) == (6, 30, 18)
+    assert numbers["total_tokens_per_second"] == pytest.approx(48 / numbers["seconds"])
