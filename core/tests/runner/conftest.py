@@ -106,6 +106,15 @@ def sampler(vocab_size, *rows, max_num_seqs=None):
     return made
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors here are small: threads that wait for each other would take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def oracle():
     return SimpleNamespace(ruled_logits=ruled_logits, filtered_logits=filtered_logits, distribution=distribution)
