@@ -14,9 +14,9 @@ PLAIN = """{{ bos_token }}{% for message in messages %}
 <|{{ message['role'] }}|>
 {{ message['content'] }}{{ eos_token }}
 {% endfor %}
-{% if add_generation_prompt %}
+    {% if add_generation_prompt %}
 <|assistant|>
-{% endif %}"""
+    {% endif %}"""
 
 STRICT = """{%- if messages[0]['role'] == 'system' -%}
     {%- set system = messages[0]['content'] | trim + '\\n\\n' -%}
@@ -44,7 +44,7 @@ TOOLS = """{%- if tools is not none and tools %}
 {%- endif %}
 {%- for message in messages %}
     {%- if message.role == 'debug' %}{% continue %}{% endif %}
-    {{- '<|' + message.role + '|>' }}
+    {{- '<|' + message.role + ('' if message.name is undefined else ' ' + message.name) + '|>' }}
     {%- if message.tool_calls is defined %}
         {%- for call in message.tool_calls %}
             {{- '<tool_call>' + call.function.name + ' ' + (call.function.arguments | tojson) + '</tool_call>' }}
@@ -72,9 +72,9 @@ CALLS = [
         "content": None,
         "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": "<é>"}}}],
     },
-    {"role": "tool", "content": "5", "tool_call_id": "x"},
+    {"role": "tool", "content": "5", "tool_call_id": "x", "name": "add"},
     {"role": "debug", "content": "not shown"},
-    {"role": "assistant", "content": "It is 5.", "reasoning": "easy"},
+    {"role": "assistant", "content": "It is 5.", "reasoning": "easy", "name": None},
 ]
 FUNCTIONS = [
     {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders
@@ -133,6 +134,17 @@ def test_window_equals_whole(loaded, data):
     assert "".join(stream(tokenizer, ids, sizes)) == tokenizer.backend.decode(ids)
 
 
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_window_holds_split_characters(loaded, data):
+    backend = loaded["byte_level"].backend
+    ids = loaded["byte_level"].encode(data.draw(texts.filter(lambda text: "\ufffd" not in text)))
+    detokenizer = WindowDetokenizer(lambda ids: backend.decode(list(ids)))
+    parts = [detokenizer.push([token]) for token in ids]
+    assert not any("\ufffd" in part for part in parts)
+    assert "".join(parts) + detokenizer.flush() == backend.decode(ids)
+
+
 def test_window_stays_short(loaded):
     calls: list[int] = []
 
@@ -154,14 +166,13 @@ def test_window_stays_short(loaded):
         (decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()]), True),
         (decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]), True),
         (decoders.Sequence([decoders.ByteFallback(), decoders.Replace("▁", " ")]), False),
+        (decoders.Sequence([decoders.Replace(tokenizers.Regex("▁"), " "), decoders.Fuse()]), False),
         (decoders.Sequence([decoders.Fuse(), decoders.Strip("x", 1, 0)]), False),
         (decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 1)]), False),
         (decoders.Sequence([decoders.ByteFallback(), decoders.Strip(" ", 1, 0)]), False),
     ],
 )
 def test_only_understood_decoders_become_tables(loaded, decoder, known):
-    import tokenizers
-
     backend = tokenizers.Tokenizer.from_str(loaded["byte_fallback"].backend.to_str())
     if decoder is None:
         backend = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -69,7 +69,8 @@ def test_n_requests_have_seeds_in_a_row_and_share_prompt_logprobs(processor):
 def test_completions_are_gathered_by_index(processor, tokenizer):
     first, second = start(processor, n=2)
     wolf, girl = (tokenizer.encode(text, False) for text in ("wolf", "girl"))
-    update = processor.process(delta(girl, "length", second.request_id))
+    update = processor.process(delta(girl, "length", second.request_id, num_cached_tokens=8))
+    assert update.output.num_cached_tokens == 0, "the first completion computed the prompt"
     assert (update.delta.index, update.delta.text, update.output.finished) == (1, "girl", False)
     update = processor.process(delta(wolf, "stop", first.request_id, num_cached_tokens=4))
     assert update.output.finished
@@ -189,7 +190,10 @@ def test_without_detokenization_there_are_only_tokens(processor):
 def test_logprobs_have_the_chosen_token_first_and_text(processor, tokenizer):
     start(processor, logprobs=2, prompt_logprobs=1)
     wolf, half = tokenizer.encode("w", False)[0], tokenizer.encode("🙂", False)[0]
-    entries = [TokenLogprobs(half, -3.0, 9, [wolf, EOS], [-0.5, -1.0]), TokenLogprobs(wolf, -0.1, 1, [wolf], [-0.1])]
+    entries = [
+        TokenLogprobs(half, -3.0, 9, [wolf, EOS], [-0.5, -1.0]),
+        TokenLogprobs(wolf, -0.1, 1, [EOS, wolf], [-0.1, -0.1]),
+    ]
     prompt = [None, TokenLogprobs(6, -2.0, 4, [EOS], [-0.2])]
     update = processor.process(delta([half, wolf], logprobs=entries, prompt_logprobs=prompt))
     first, second = update.delta.logprobs
@@ -198,7 +202,8 @@ def test_logprobs_have_the_chosen_token_first_and_text(processor, tokenizer):
         (wolf, Logprob(-0.5, 1, "w")),
         (EOS, Logprob(-1.0, 2, "</s>")),
     ]
-    assert second == {wolf: Logprob(-0.1, 1, "w")}
+    assert list(second) == [wolf, EOS]
+    assert second[wolf].rank == 1, "its own rank, though an equal one is listed before it"
     assert update.output.prompt_logprobs[0] is None
     assert list(update.output.prompt_logprobs[1]) == [6, EOS]
     processor.process(delta([wolf], "length", logprobs=entries[1:]))

@@ -22,8 +22,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
+    assert isinstance(error, UnicodeDecodeError), "registered for decoding only"
     return "\ufffd" * (error.end - error.start), error.end
 
 
@@ -75,8 +74,6 @@ class Pieces:
 
     def first(self, token_id: int) -> bytes:
         """The bytes of a token at the start of a text."""
-        if not self.drop_in_first:
-            return self.of(token_id)
         return self._compute((self.backend.id_to_token(token_id) or "").replace(self.drop_in_first, ""))
 
     def _compute(self, token: str) -> bytes:
