@@ -2,13 +2,15 @@
 
 All names and shapes are checked before the first byte is copied. Then tensors stream from the mapped files into their
 final place and dtype, and each layer is packed as soon as its last tensor is in place, so that memory peaks at the
-weights plus one layer. Tensors that make up a large part of the checkpoint go first, while the rest takes no
-memory yet; the others follow in file order.
+weights plus one layer. Layers that make up a large part of the checkpoint go first, largest first, while the rest takes
+no memory yet; the others follow in file order.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import mmap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +32,9 @@ SINGLE = "model.safetensors"
 SHOWN = 10
 """Names listed in an error before it says how many more there are."""
 LARGE_SHARE = 32
-"""A tensor above one part in this many of the checkpoint loads first."""
+"""A layer above one part in this many of the checkpoint loads before the others."""
+MAPPED_BYTES = 1 << 18
+"""Tensors of at least this size in host memory get a mapping of their own."""
 
 
 def load_weights(model: Model, path: Path, progress: Progress) -> None:
@@ -52,7 +56,7 @@ def load_weights(model: Model, path: Path, progress: Progress) -> None:
     total = sum(move.stored.nbytes for move in plan.moves)
     done = 0
     filling = Filling(plan)
-    for move in sorted(plan.moves, key=lambda move: move.stored.nbytes <= total // LARGE_SHARE):
+    for move in plan.in_order(total // LARGE_SHARE):
         for nbytes in filling.copy(move):
             done += nbytes
             progress.update("load", done, total)
@@ -184,6 +188,13 @@ class Plan:
             remedy = "Download the checkpoint again, or correct its config.json."
             raise ModelLoadError("\n".join([headline, *lines, remedy]))
 
+    def in_order(self, large: int) -> list[Move]:
+        """The moves as they should run: blocks of more than ``large`` bytes in front, by size."""
+        sizes: Counter[str] = Counter()
+        for move in self.moves:
+            sizes[move.target.block] += move.stored.nbytes
+        return sorted(self.moves, key=lambda move: min(0, large - sizes[move.target.block]))
+
     def spec(self, target: Target) -> TensorSpec:
         """What the block expects."""
         return self.blocks[target.block].specs[target.suffix]
@@ -245,7 +256,7 @@ class Filling:
         tensors = self._tensors[move.target.block]
         first = suffix not in tensors
         if first:
-            tensors[suffix] = torch.empty(spec.shape, dtype=spec.dtype, device=block.device)
+            tensors[suffix] = empty(spec.shape, spec.dtype, block.device)
         if not move.shard:
             return tensors[suffix], False
         if spec.output_dim is None:
@@ -262,6 +273,17 @@ class Filling:
             if source.block == name:
                 self._tensors[target.block][target.suffix] = tensors[source.suffix]
                 self._settle(target.block)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory, which goes back to the system as soon as it is freed.
+
+    Freed and allocated again and again while layers are packed, heap memory would fragment and keep what it was given.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < MAPPED_BYTES:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(shape)
 
 
 def _listed(names: Sequence[str]) -> str:

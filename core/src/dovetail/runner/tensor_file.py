@@ -114,7 +114,8 @@ class TensorFile:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._corrupt(f"its header is unreadable ({type(error).__name__}: {error})") from error
         for tensor in tensors:
-            if tensor.nbytes != math.prod(tensor.shape) * tensor.dtype.itemsize or tensor.start < 8 + header_bytes:
+            nbytes = math.prod(tensor.shape) * tensor.dtype.itemsize
+            if tensor.nbytes != nbytes or tensor.start < 8 + header_bytes or min(tensor.shape, default=0) < 0:
                 raise self._corrupt(f"the offsets of {tensor.name} do not fit its shape {list(tensor.shape)}")
             if tensor.start + tensor.nbytes > size:
                 raise self._corrupt(f"{tensor.name} should end at byte {tensor.start + tensor.nbytes} of {size}")

@@ -52,9 +52,11 @@ def read_rope(fields: Fields, head_dim: int) -> Rope:
     if head_dim % 2:
         raise ConfigError(f"The head size is {head_dim}; rotary positions need an even one.")
     section = fields.section("rope_scaling") or fields.section("rope_parameters") or Fields({}, "rope_parameters")
-    if section.raw("partial_rotary_factor") or fields.raw("partial_rotary_factor"):
-        owner = section if section.raw("partial_rotary_factor") else fields
-        owner.choice("partial_rotary_factor", (1, 1.0), 1.0)
+    for owner in (section, fields):
+        owner.choice("partial_rotary_factor", (1,), 1)
+    for layer_type in ("full_attention", "sliding_attention"):
+        if section.raw(layer_type) is not None:
+            raise section.bad(layer_type, "absent: layers of this family share one table")
     name = "type" if section.raw("rope_type") is None else "rope_type"
     rope_type = section.choice(name, tuple(ROPE_TYPES), "default")
     base = section.number("rope_theta", fields.number("rope_theta", DEFAULT_THETA))
