@@ -4,10 +4,10 @@ No generator and no state, so a request draws the same numbers alone or in a bat
 preemption. Plain wrapping integer arithmetic, which every torch device computes bit for bit alike.
 
 A row's 64-bit key comes from (seed, position, stream) through the finaliser of SplitMix64 (Steele, Lea and
-Flood 2014, "Fast splittable pseudorandom number generators"). Column ``i`` of the row is then ``mix(mix(i) ×
-odd + offset)`` with ``odd`` and ``offset`` the key's two words: an affine map per row over hashed indices, so
-that no two rows are permutations of each other, and ``mix`` the 32-bit finaliser ``lowbias32`` (Wellons 2018,
-"Prospecting for hash functions").
+Flood 2014, "Fast splittable pseudorandom number generators"). Column ``i`` of the row is then
+``mix(mix(i) × odd + offset)`` with ``odd`` and ``offset`` the key's two words: an affine map per row over
+hashed indices, so that no two rows are permutations of each other, and ``mix`` the 32-bit finaliser
+``lowbias32`` (Wellons 2018, "Prospecting for hash functions").
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def uniform(keys_S: Tensor, columns: Tensor) -> Tensor:
     odd_S1 = _word(keys_S >> 32).bitwise_or_(1).unsqueeze(1)
     offset_S1 = _word(keys_S).unsqueeze(1)
     bits = _mix32_(_mix32_(columns.to(torch.int32, copy=True)) * odd_S1 + offset_S1)
-    # 31 bits in steps of 2⁻³¹: float32 keeps them all where numbers are small, which is where rare events
-    # live.
+    # 31 bits in steps of 2⁻³¹: float32 keeps them all where numbers are small, which is where rare
+    # events live.
     return bits.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(_TINY).clamp_(max=_BELOW_ONE)
 
 

@@ -187,8 +187,8 @@ def paged_attention(
     """Causal attention of a ragged batch over a paged cache (Kwon et al. 2023, arXiv:2309.06180).
 
     Request ``r`` holds query tokens ``query_start[r] : query_start[r + 1]``, the last of its ``seq_lens[r]``
-    tokens, whose keys and values are in the cache already. Query head ``h`` reads key/value head ``h // (H /
-    N)``.
+    tokens, whose keys and values are in the cache already. Query head ``h`` reads key/value head
+    ``h // (H / N)``.
 
     Args:
         q_THK: ``[T, H, K]``.
