@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -138,7 +138,7 @@ class EngineClient:
         self.ready = await self._started
         return self.ready
 
-    async def generate(self, requests: Sequence[EngineRequest]) -> AsyncIterator[RequestOutputDelta]:
+    async def generate(self, requests: Sequence[EngineRequest]) -> AsyncGenerator[RequestOutputDelta, None]:
         """Run requests and yield what each step adds to any of them, until all are finished.
 
         Closing the iterator early aborts what is unfinished.
