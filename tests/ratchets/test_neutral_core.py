@@ -24,6 +24,7 @@ COMPATIBILITY_METRICS = re.compile(r"(server/(metrics|prometheus)\w*|options)\.p
 
 def words(text):
     """Every word, also inside identifiers: ``is_fooChip2`` has ``is``, ``foo``, ``chip``."""
+    text = text.replace("amd64", "")  # what Windows and Debian call an instruction set
     plain = re.findall(r"[A-Za-z]+", text)
     humps = re.findall(r"[A-Z]?[a-z]+", text)
     capitals = re.findall(r"[A-Z]+", text)

@@ -19,4 +19,4 @@ def serve(engine: EngineOptions, server: ServerOptions) -> int:
     log.set_up(server.log_level)
     from dovetail.server.main import run
 
-    return run(engine, server) or 0
+    return run(engine, server)
