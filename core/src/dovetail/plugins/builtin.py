@@ -16,6 +16,7 @@ def dovetail_register_platforms(register: Register[PlatformManifest]) -> None:
             device_type="cpu",
             dtypes=("bfloat16", "float32"),
             attention=("cpu", "reference"),
+            ops=frozenset({"rms_norm", "add_rms_norm", "rotary", "silu_and_mul", "linear_pack", "linear"}),
         ),
         "dovetail.platforms.cpu.platform:CpuPlatform",
     )
@@ -30,6 +31,7 @@ def dovetail_register_attention_backends(register: Register[AttentionManifest]) 
             summary="Paged attention of the reference platform.",
             device_types=("cpu",),
             dtypes=("bfloat16", "float32"),
+            block_sizes=tuple(range(16, 513, 16)),
             sliding_window=True,
             soft_cap=True,
             verify=True,

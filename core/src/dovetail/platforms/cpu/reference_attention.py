@@ -24,7 +24,9 @@ class ReferenceMetadata:
 class ReferenceAttention(AttentionBackend):
     """Keys and values in ``[B, P, N, K]`` each; attention by :func:`dovetail.ops.reference.paged_attention`."""
 
-    def __init__(self, *, ops: OpTable, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, block_size: int) -> None:
+    def __init__(
+        self, *, ops: OpTable, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, block_size: int
+    ) -> None:
         self._ops = ops
         self._device = device
         self._dtype = kv_dtype

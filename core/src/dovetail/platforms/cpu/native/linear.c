@@ -1,0 +1,90 @@
+// y = x wᵀ + bias over weights packed into panels of PANEL outputs: [panel][step][PANEL] of 32 bits, where a step is one fp32
+// input or two bf16 inputs. A panel streams through memory in order; outputs beyond the last are zero.
+#include "parallel.h"
+#include "tile.h"
+
+#define PANEL 64
+#define PANEL_BYTES (PANEL * 4)
+#define BLOCK_ROWS 96  // rows of x that stay in the second-level cache while panels pass
+
+long dovetail_packed_bytes(int bf16, long outputs, long inputs) {
+    long steps = bf16 ? (inputs + 1) / 2 : inputs;
+    return (outputs + PANEL - 1) / PANEL * steps * PANEL_BYTES;
+}
+
+struct pack {
+    const char *weight;
+    char *packed;
+    long outputs, inputs, steps;
+    int bf16;
+};
+
+static void pack_panel(const void *context, long panel) {
+    const struct pack *p = context;
+    long size = p->bf16 ? 2 : 4, row_bytes = p->inputs * size;
+    char *to = p->packed + panel * p->steps * PANEL_BYTES;
+    memset(to, 0, p->steps * PANEL_BYTES);
+    for (long i = 0; i < PANEL && panel * PANEL + i < p->outputs; i++) {
+        const char *row = p->weight + (panel * PANEL + i) * row_bytes;
+        for (long step = 0; step < p->steps; step++) {
+            long left = row_bytes - step * 4;
+            memcpy(to + step * PANEL_BYTES + i * 4, row + step * 4, left < 4 ? left : 4);
+        }
+    }
+}
+
+void dovetail_pack(int bf16, const void *weight, void *packed, long outputs, long inputs) {
+    struct pack p = {weight, packed, outputs, inputs, bf16 ? (inputs + 1) / 2 : inputs, bf16};
+    parallel_for((outputs + PANEL - 1) / PANEL, parallel_threads(), pack_panel, &p);
+}
+
+struct linear {
+    const char *x, *packed;
+    const void *bias;
+    void *y;
+    long rows, inputs, outputs, x_stride, steps, panels;
+};
+
+INLINE void linear_tile(int bf16, int rows, const struct linear *l, long row, long panel, int part) {
+    const char *a[TILE_ROWS], *b[TILE_VECS];
+    vec acc[TILE_ROWS][TILE_VECS];
+    for (int r = 0; r < rows; r++) {
+        a[r] = l->x + (row + r) * l->x_stride * (bf16 ? 2 : 4);
+        for (int j = 0; j < TILE_VECS; j++) acc[r][j] = vec_set(0);
+    }
+    for (int j = 0; j < TILE_VECS; j++)
+        b[j] = l->packed + panel * l->steps * PANEL_BYTES + (part + j * LANES) * 4;
+    tile_steps(bf16, rows, TILE_VECS, acc, a, b, PANEL_BYTES, l->steps);
+    for (int j = 0; j < TILE_VECS; j++) {
+        long output = panel * PANEL + part + j * LANES;
+        if (output >= l->outputs) break;
+        vec bias = l->bias ? load_upto(bf16, l->bias, output, l->outputs) : vec_set(0);
+        for (int r = 0; r < rows; r++) {
+            vec y = l->bias ? vec_add(acc[r][j], bias) : acc[r][j];
+            store_upto(bf16, element_mut(bf16, l->y, (row + r) * l->outputs), output, l->outputs, y);
+        }
+    }
+}
+
+INLINE void linear_item(int bf16, const struct linear *l, long item) {
+    long block = item / l->panels, panel = item % l->panels;
+    long first = block * BLOCK_ROWS, end = first + BLOCK_ROWS < l->rows ? first + BLOCK_ROWS : l->rows;
+    for (int part = 0; part < PANEL; part += TILE_VECS * LANES) {
+        for (long row = first; row < end; row += TILE_ROWS) {
+#define TILE(n) linear_tile(bf16, n, l, row, panel, part)
+            WITH_ROWS(end - row < TILE_ROWS ? end - row : TILE_ROWS, TILE)
+#undef TILE
+        }
+    }
+}
+
+static void linear_fp32(const void *context, long item) { linear_item(0, context, item); }
+static void linear_bf16(const void *context, long item) { linear_item(1, context, item); }
+
+// x: [rows, inputs] with x_stride elements between rows; bf16 needs an even number of inputs. y: [rows, outputs].
+void dovetail_linear(int bf16, const void *x, long x_stride, const void *packed, const void *bias, void *y, long rows,
+                     long inputs, long outputs) {
+    long panels = (outputs + PANEL - 1) / PANEL, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    struct linear l = {x, packed, bias, y, rows, inputs, outputs, x_stride, bf16 ? inputs / 2 : inputs, panels};
+    parallel_for(panels * blocks, parallel_threads(), bf16 ? linear_bf16 : linear_fp32, &l);
+}
