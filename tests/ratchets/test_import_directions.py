@@ -12,7 +12,8 @@ PACKAGES = sorted(
 )
 
 TORCH_FREE = str.split(
-    "errors env options config messages sampling_params hookspecs resolver checkpoint plugins scheduler kv cli server "
+    "errors env options config messages sampling_params hookspecs resolver resolution checkpoint "
+    "plugins scheduler kv cli server "
     "engine.engine engine.client engine.tokenizer engine.chat_template engine.detokenizer engine.processor "
     "engine.outputs engine.llm contracts.executor"
 )

@@ -40,7 +40,8 @@ def lines():
 
 
 def test_words_are_found_wherever_they_hide():
-    assert {"cuda", "is", "platform", "tpu", "llama", "rocm", "xpu"} <= words("is_cuda CudaPlatform TPUv5e Llama3 ROCm XPUGraph")
+    hidden = "is_cuda CudaPlatform TPUv5e Llama3 ROCm XPUGraph"
+    assert {"cuda", "is", "platform", "tpu", "llama", "rocm", "xpu"} <= words(hidden)
 
 
 def test_no_file_of_the_core_names_a_chip_a_vendor_or_a_model_family():

@@ -1,0 +1,49 @@
+"""Which chip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dovetail.options import EngineOptions
+from dovetail.plugins.manifest import PlatformManifest
+from dovetail.plugins.registry import Registries
+from dovetail.resolution.decision import Decision, load, named
+
+
+def decide(options: EngineOptions, registries: Registries) -> Decision[PlatformManifest]:
+    """The named platform if this machine has it, or else the available one of highest priority."""
+    decision: Decision[PlatformManifest] = Decision(part="platform")
+    auto = options.platform == "auto"
+    candidates = (
+        registries.platforms.ranked() if auto else named(registries.platforms, options.platform, decision)
+    )
+    for entry in candidates:
+        if decision.entry is not None:
+            decision.reject(entry, f"{decision.entry.name!r} comes first")
+            continue
+        cls = load(entry, "dovetail.contracts.platform:Platform", decision)
+        if cls is None:
+            continue
+        probe = _probe(cls)
+        if probe:
+            decision.reject(entry, f"not available here: {probe}")
+        else:
+            decision.take(
+                entry, cls, "available here, highest priority" if auto else "asked for with --platform"
+            )
+    if decision.entry is None:
+        if auto and not candidates:
+            decision.obstacles.append("No platform is registered; reinstall dovetail-core, which brings one.")
+        decision.refuse_rejected("platform")
+        if not auto and decision.rejected:
+            decision.obstacles[-1] += " Repair that, or leave out --platform to use what is available."
+    return decision
+
+
+def _probe(cls: Any) -> str:
+    """Why the platform is not available; empty if it is."""
+    try:
+        probe = cls.probe()
+    except Exception as error:  # noqa: BLE001  a probe that raises is a platform that cannot be used
+        return f"its probe raised {type(error).__name__}: {error}"
+    return "" if probe.available else probe.reason or "its probe gave no reason"

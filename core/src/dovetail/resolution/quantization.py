@@ -1,0 +1,80 @@
+"""Which number format the weights have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dovetail.options import EngineOptions
+from dovetail.plugins.manifest import QuantManifest
+from dovetail.plugins.registry import Registries
+from dovetail.resolution.decision import Decision, either, load, named
+
+PLAIN = "none"
+"""The quantization method of plain weights."""
+
+
+def decide(
+    options: EngineOptions, registries: Registries, hf_config: Mapping[str, Any], dtype: str | None
+) -> Decision[QuantManifest]:
+    """The method that reads the checkpoint's weights, or quantizes plain ones on load."""
+    decision: Decision[QuantManifest] = Decision(part="quantization")
+    section = hf_config.get("quantization_config")
+    method = section.get("quant_method") if isinstance(section, Mapping) else section
+    if options.quantization is not None:
+        why = "asked for with --quantization"
+        candidates = named(registries.quant, options.quantization, decision)
+    elif section is None:
+        why = "the checkpoint's weights are plain"
+        candidates = named(registries.quant, PLAIN, decision)
+    else:
+        why = "recognises the checkpoint's quantization_config"
+        candidates = [e for e in registries.quant.ranked() if method in e.manifest.checkpoint_methods]
+        if not candidates:
+            hints = " ".join(registries.quant.hints)
+            decision.obstacles.append(
+                f"The checkpoint is quantized with {method!r}, which no installed plugin can read. "
+                f"Install the distribution that brings it, or use an unquantized checkpoint. {hints}".rstrip()
+            )
+    for entry in candidates:
+        if decision.entry is not None:
+            decision.reject(entry, f"{decision.entry.name!r} comes first")
+            continue
+        gap = _quant_gap(entry.manifest, section, method, dtype)
+        if gap:
+            decision.reject(entry, gap)
+            continue
+        cls = load(entry, "dovetail.contracts.quant:QuantMethod", decision)
+        if cls is None:
+            continue
+        if section is not None and not cls.recognises(section):
+            decision.reject(entry, f"does not recognise the checkpoint's {_brief(section)}.")
+        else:
+            decision.take(entry, cls, why)
+    if decision.entry is None:
+        decision.refuse_rejected("quantization method")
+    return decision
+
+
+def _quant_gap(manifest: QuantManifest, section: Any, method: Any, dtype: str | None) -> str:
+    """Why a method does not fit, judged by its manifest; empty if it may."""
+    if section is None and manifest.name != PLAIN and not manifest.on_load:
+        return (
+            "cannot quantize while loading, and this checkpoint is unquantized; leave out --quantization, or "
+            "name a checkpoint in this format."
+        )
+    if section is not None and method not in manifest.checkpoint_methods:
+        return f"cannot read this checkpoint, which is quantized with {method!r}; leave out --quantization."
+    if dtype is not None and manifest.dtypes and dtype not in manifest.dtypes:
+        return f"does not work with activations in {dtype}; choose --dtype {either(manifest.dtypes)}."
+    from dovetail.contracts.ops import OpTable
+
+    unknown = sorted(manifest.ops - OpTable.names())
+    if unknown:
+        return f"needs operations that this core lacks: {', '.join(unknown)}; install matching releases."
+    return ""
+
+
+def _brief(section: Any) -> str:
+    text = f"quantization_config {section!r}"
+    return text if len(text) <= 120 else text[:117] + "..."

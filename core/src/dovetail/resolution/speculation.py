@@ -1,0 +1,59 @@
+"""Which speculator, and how it is set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dovetail.options import EngineOptions
+from dovetail.plugins.manifest import SpecDecoderManifest
+from dovetail.plugins.registry import Registries, nearest
+from dovetail.resolution.decision import Decision, load, named
+
+
+def decide(
+    options: EngineOptions, registries: Registries
+) -> tuple[Decision[SpecDecoderManifest], int, dict[str, Any]]:
+    """The speculator, its number of drafts, and its own section."""
+    decision: Decision[SpecDecoderManifest] = Decision(part="speculation")
+    given = options.speculative_config
+    if given is None:
+        return decision, 0, {}
+    method = given.get("method")
+    if not isinstance(method, str):
+        known = ", ".join(registries.spec_decoders.names()) or "none"
+        decision.obstacles.append(
+            f"--speculative-config has method {method!r}; name a registered one (registered: {known})."
+        )
+        return decision, 0, {}
+    for entry in named(registries.spec_decoders, method, decision):
+        cls = load(entry, "dovetail.contracts.specdec:SpecDecoder", decision)
+        if cls is not None:
+            decision.take(entry, cls, "asked for with --speculative-config")
+        section = {**entry.manifest.defaults, **{key: given[key] for key in given if key != "method"}}
+        drafts = section.pop("num_speculative_tokens", None)
+        decision.obstacles += _speculation_gaps(entry.manifest, section, drafts)
+        if cls is not None and not decision.obstacles:
+            return decision, drafts, section
+    decision.refuse_rejected("speculative method")
+    return decision, 0, {}
+
+
+def _speculation_gaps(
+    manifest: SpecDecoderManifest, section: Mapping[str, Any], drafts: Any
+) -> Iterable[str]:
+    option = "--speculative-config"
+    if not isinstance(drafts, int) or isinstance(drafts, bool) or drafts < 1:
+        yield f"{option} has num_speculative_tokens {drafts!r}; give a whole number of at least 1."
+    known = [key for key in manifest.defaults if key != "num_speculative_tokens"]
+    if manifest.needs_draft_model:
+        known.append("model")
+        if not section.get("model"):
+            yield f'{option}: method {manifest.name!r} needs a draft model; add "model": PATH_OR_HUB_ID.'
+    for key in section:
+        if key not in known:
+            everything = ["method", "num_speculative_tokens", *dict.fromkeys(known)]
+            yield (
+                f"{option}: method {manifest.name!r} has no option {key!r}.{nearest(key, everything)} "
+                f"Known: {', '.join(everything)}."
+            )
