@@ -12,7 +12,11 @@ help: ## list the targets
 
 setup: $(READY) ## create .venv with every package, editable, and the developers' tools
 
-$(READY): scripts/setup constraints.txt requirements-dev.txt core/pyproject.toml $(wildcard core/setup.py) $(wildcard plugins/*/pyproject.toml)
+# what an installation depends on: metadata, tools, and the sources that are compiled
+INPUTS := scripts/setup constraints.txt requirements-dev.txt core/pyproject.toml $(wildcard plugins/*/pyproject.toml) \
+	$(wildcard core/setup.py core/_build/*.py core/src/dovetail/platforms/cpu/native/*.[ch]*)
+
+$(READY): $(INPUTS)
 	scripts/setup
 
 serve: $(READY) ## serve the embedded demo model on 127.0.0.1:8000 (ARGS="…" adds options)
