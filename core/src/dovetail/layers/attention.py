@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from dovetail.contracts.attention import AttentionSpec
@@ -57,7 +56,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, positions_T: Tensor, attend: StepAttention) -> Tensor:
         """``[T, D]`` to ``[T, D]``."""
-        q_THK, k_TNK, v_TNK = torch.split(self._qkv(x_TD).view(self._shape), self._heads, dim=1)
+        q_THK, k_TNK, v_TNK = self._qkv(x_TD).view(self._shape).split_with_sizes(self._heads, 1)
         if self._norms is not None:
             q_norm, k_norm = self._norms
             q_THK, k_TNK = q_norm(q_THK), k_norm(k_TNK)
