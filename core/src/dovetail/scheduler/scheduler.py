@@ -180,8 +180,8 @@ class Scheduler:
             if count <= 0:
                 continue
             table, updates = request.table, []
-            if slides and request.num_computed >= table.slides_at:
-                updates = self.kv.slide(table, request.num_computed)
+            if slides and start >= table.slides_at:
+                updates = self.kv.slide(table, start)
             if start + count > table.capacity:
                 count = self._make_room(request, start, count, updates)
                 if count == 0:
