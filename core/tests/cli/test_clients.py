@@ -219,3 +219,53 @@ def test_report_as_table(capsys):
     shown = capsys.readouterr().out
     assert "title" in shown
     assert "1,234.500" in shown
+
+
+def test_stopped_answer_is_kept_as_far_as_it_came(server):
+    import httpx
+
+    from dovetail.cli.chat import Conversation
+
+    with httpx.Client(base_url=server.url) as client:
+        conversation = Conversation(client, server.url, "toy", None, {})
+        answer = conversation.say("hello")
+        assert next(answer) == "Once "
+        answer.close()
+        assert conversation.messages[-1] == {"role": "assistant", "content": "Once "}
+        assert "".join(conversation.say("go on")) == "Once upon a time."
+
+
+def test_interrupt_stops_the_answer_and_not_the_chat(server, monkeypatch, capsys):
+    from dovetail.cli.chat import Conversation
+
+    def interrupted(self, text):
+        yield "Once"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Conversation, "say", interrupted)
+    assert talk(server, monkeypatch, ["one", "two"]) == 0
+    assert capsys.readouterr().out.count("Once (stopped)") == 2
+
+
+def test_server_that_sends_something_else(server, monkeypatch, capsys):
+    from dovetail.cli import http
+    from dovetail.errors import DovetailError
+
+    with pytest.raises(DovetailError, match="not JSON: '<html>'"):
+        http.event("data: <html>")
+    assert "(no message)" in str(http.refusal(502, ""))
+    assert "Bad Gateway" in str(http.refusal(502, "Bad Gateway"))
+
+
+def test_server_that_leaves_in_mid_conversation(server, monkeypatch, capsys):
+    from dovetail.cli.chat import Conversation
+
+    original = Conversation.__init__
+
+    def lose(self, client, url, *rest):
+        original(self, client, url, *rest)
+        client.base_url = "http://127.0.0.1:9"
+
+    monkeypatch.setattr(Conversation, "__init__", lose)
+    assert talk(server, monkeypatch, ["one"]) == 0
+    assert "No server answers" in capsys.readouterr().out

@@ -141,3 +141,28 @@ def test_demo_that_is_missing_from_its_package(tmp_path, monkeypatch):
     registries, _ = demo_registries(tmp_path, monkeypatch, ("a", "demopackage:gone", 0))
     with pytest.raises(ConfigError, match="demo model demopackage:gone is missing"):
         checkpoint.select(EngineOptions(), registries)
+
+
+def test_tokenizer_folder_needs_no_model(tmp_path):
+    assert checkpoint.locate_tokenizer(str(tmp_path)) == tmp_path
+
+
+def test_tokenizer_of_the_hub_comes_without_weights(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(repo, **kwargs):
+        asked.append((repo, kwargs["allow_patterns"]))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert checkpoint.locate_tokenizer("owner/model") == tmp_path
+    ((repo, patterns),) = asked
+    assert repo == "owner/model"
+    assert not any("safetensors" in pattern for pattern in patterns)
+
+
+def test_tokenizer_that_is_nowhere():
+    with pytest.raises(ConfigError, match="/no/such"):
+        checkpoint.locate_tokenizer("/no/such/tokenizer")
