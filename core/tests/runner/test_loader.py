@@ -42,7 +42,7 @@ class Tiny(Model):
         self.embed = Embedding(context, V, D)
         self.qk = MergedLinear(context, "qk", D, {"q": 4, "k": 2}, bias=True)
         self.norm = RMSNorm(context, D, 1e-6)
-        self.head = Head(context, "head", D, V, tied=hf_config.get("tied", False))
+        self.head = Head(context, "head", D, V, tied_to=self.embed if hf_config.get("tied") else None)
 
     @classmethod
     def facts(cls, hf_config: Mapping[str, Any]) -> ModelFacts:
@@ -160,21 +160,27 @@ def test_tied_head(tmp_path: Path) -> None:
     assert model.head._packed.data_ptr() == model.embed._table_VD.data_ptr()
 
 
-def test_large_tied_table_is_not_packed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("dovetail.layers.head.LARGEST_COPY", V * D * 4)
-    packed = OpTable(linear_pack=lambda w: w.clone(), linear=lambda x, w, b: x @ w.t())
+@pytest.mark.parametrize("has_head", [False, True])
+@pytest.mark.parametrize("can_embed", [False, True])
+@pytest.mark.parametrize("large", [False, True])
+def test_large_tied_table_is_kept_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool, can_embed: bool, has_head: bool
+) -> None:
+    """Packed alone, if it is large, if the platform can embed from that form, and if the head is no other matrix."""
+    monkeypatch.setattr("dovetail.layers.head.LARGEST_COPY", V * D * 4 - large)
+    changes: dict[str, Any] = {"linear_pack": lambda w: w.clone()}
+    if can_embed:
+        changes["embedding"] = lambda ids, table: table[ids]
     stored = tensors()
-    stored.pop("head.weight")
-    save_file(stored, tmp_path / "model.safetensors")
-    shares = []
-    for limit in (V * D * 4, V * D * 4 - 1):
-        monkeypatch.setattr("dovetail.layers.head.LARGEST_COPY", limit)
-        model = Tiny({"tied": True}, context(ops=packed))
-        load_weights(model, tmp_path, Progress())
-        shares.append(model.head._packed.data_ptr() == model.embed._table_VD.data_ptr())
-        x = torch.randn(2, D)
-        torch.testing.assert_close(model.logits(x), x @ stored["wrapper.embed.weight"].t())
-    assert shares == [False, True]
+    if not has_head:
+        stored["head.weight"] = stored["wrapper.embed.weight"]
+    save_file({name: t for name, t in stored.items() if has_head or name != "head.weight"}, tmp_path / loader.SINGLE)
+    model = Tiny({"tied": True}, context(ops=OpTable(**changes)))
+    load_weights(model, tmp_path, Progress())
+    assert (model.head._packed is model.embed._table_VD) == (large and can_embed and not has_head)
+    assert torch.equal(model.logits(torch.eye(D)), stored["head.weight"].t())
+    ids = torch.tensor([4, 9])
+    assert torch.equal(model.embed.forward(ids), stored["wrapper.embed.weight"][ids])
 
 
 class Recorded(Progress):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from dovetail.contracts.model import ModelContext
-from dovetail.contracts.ops import OpTable
+from dovetail.layers.embedding import Embedding
 from dovetail.layers.linear import Linear, Unquantized
+from dovetail.ops import reference
 
 LARGEST_COPY = 64 << 20
-"""Bytes of a tied table up to which the head keeps its own packed copy.
+"""Bytes of a tied table up to which the embedding keeps it plain beside the head's packed form.
 
-Packing speeds a head up by a tenth to a half, but the embedding reads the plain table, so it costs the table's size
-again. Beyond this size the copy would be a notable part of the model's memory.
+A plain table is read faster, but above this size the second copy would be a notable part of the model's memory.
 """
 
 
@@ -20,10 +22,25 @@ class Head(Linear):
     """A linear layer to the vocabulary.
 
     Args:
-        tied: it shares the embedding table, which stays plain whatever the number format of the other layers.
+        tied_to: the embedding whose table it shares unless the checkpoint has a head of its own. A tied head is plain
+            whatever the number format of the other layers.
     """
 
-    def __init__(self, context: ModelContext, name: str, hidden_size: int, vocab_size: int, *, tied: bool) -> None:
-        if tied and hidden_size * vocab_size * context.dtype.itemsize > LARGEST_COPY:
-            context = replace(context, ops=OpTable())  # the reference operations read the table as it is
-        super().__init__(context, name, hidden_size, vocab_size, quant=Unquantized() if tied else None)
+    def __init__(
+        self,
+        context: ModelContext,
+        name: str,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        tied_to: Embedding | None = None,
+    ) -> None:
+        super().__init__(context, name, hidden_size, vocab_size, quant=Unquantized() if tied_to is not None else None)
+        self._share = tied_to.share if tied_to is not None else None
+        self._reads_packed = context.ops.embedding is not reference.embedding
+
+    def accept(self, tensors: Mapping[str, Tensor]) -> None:
+        """Pack the weight; a large tied table is then kept in packed form alone, if the platform can embed from it."""
+        super().accept(tensors)
+        if self._share is not None and self._reads_packed and tensors["weight"].nbytes > LARGEST_COPY:
+            self._share(tensors["weight"], self._packed)

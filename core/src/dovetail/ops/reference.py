@@ -78,7 +78,10 @@ def silu_and_mul(x_T2F: Tensor) -> Tensor:
 
 
 def embedding(ids_T: Tensor, table_VD: Tensor) -> Tensor:
-    """Rows of the table: ``[T, D]`` in its dtype."""
+    """Rows of the table: ``[T, D]`` in its dtype.
+
+    A platform that overrides this operation also accepts what its ``linear_pack`` made of the table.
+    """
     return F.embedding(ids_T, table_VD)
 
 

@@ -94,7 +94,8 @@ class Qwen3(Model):
         self.model = Decoder(
             context, layers, vocab_size=config.vocab_size, hidden_size=config.hidden_size, norm_eps=config.norm_eps
         )
-        self.lm_head = Head(context, "lm_head", config.hidden_size, config.vocab_size, tied=config.tied)
+        tied_to = self.model.embed_tokens if config.tied else None
+        self.lm_head = Head(context, "lm_head", config.hidden_size, config.vocab_size, tied_to=tied_to)
         self._tied = config.tied
 
     @staticmethod
