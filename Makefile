@@ -38,10 +38,17 @@ check: $(READY) ## ruff and mypy
 fix: $(READY) ## repair what ruff can repair
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) ## throughput, latency and start-up of the demo model on this machine
-	$(BIN)/dovetail bench throughput $(ARGS)
-	$(BIN)/dovetail bench latency $(ARGS)
-	$(BIN)/dovetail bench startup $(ARGS)
+BENCH_MODEL := build/bench-model
+# interpreters of peers to compare with, e.g. make bench PEERS="--vllm /opt/vllm/bin/python" (see benchmarks/cpu/README.md)
+PEERS ?=
+
+bench: $(READY) $(BENCH_MODEL) ## speed against transformers and other peers, scheduler cost, start-up (PEERS="…" adds peers)
+	$(BIN)/python benchmarks/cpu/compare.py $(BENCH_MODEL) --transformers $(BIN)/python $(PEERS) $(ARGS)
+	$(BIN)/python benchmarks/scheduler_step.py
+	$(BIN)/dovetail bench startup
+
+$(BENCH_MODEL): | $(READY)
+	$(BIN)/python benchmarks/cpu/make_model.py $@
 
 clean: ## remove .venv and caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
