@@ -35,7 +35,7 @@ prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_edit
 
 SOURCES = Path(__file__).parent.parent / "src" / "dovetail" / "platforms" / "cpu" / "native"
 COMPILER_FROM_PYPI = "ziglang>=0.13"
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno")
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 X86_VARIANTS = {
     "x86_64_v3": ("x86-64-v3", ()),
     "x86_64_v4": ("x86-64-v4", ()),

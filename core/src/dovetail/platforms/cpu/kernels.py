@@ -1,7 +1,7 @@
 """The native kernels: plain C, compiled at installation, one library per instruction set, called through ctypes.
 
-They run on the OpenMP threads that torch has started already; see ``native/parallel.c``. A call holds no Python
-lock, so other threads of the process go on.
+They run on their own pool of threads; see ``native/parallel.h``. A call holds no Python lock, so other threads of the
+process go on.
 """
 
 from __future__ import annotations
@@ -12,17 +12,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 from dovetail.errors import ConfigError
 from dovetail.platforms.cpu import machine
 
 FOLDER = Path(__file__).parent / "native"
-MAPS = Path("/proc/self/maps")
-OPENMP_RUNTIMES = ("libgomp", "libomp", "libiomp5")
 
 PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
-    "dovetail_set_threads": (None, (c_void_p, c_int)),
+    "dovetail_set_threads": (c_int, (c_int,)),
     "dovetail_norm": (
         None,
         (c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float),
@@ -61,14 +57,12 @@ class Kernels:
     library: ctypes.CDLL
 
     def set_threads(self, count: int) -> int:
-        """Run on ``count`` threads of torch's OpenMP team.
+        """Run on ``count`` threads, the caller included.
 
         Returns:
-            ``count``, or 1 where torch brings no runtime with the GNU entry points: then the kernels use one thread.
+            How many there are: fewer if the operating system refuses to start them.
         """
-        team = openmp_team()
-        self.library.dovetail_set_threads(team, count)
-        return count if team is not None else 1
+        return int(self.library.dovetail_set_threads(count))
 
 
 def built_isas() -> list[str]:
@@ -115,26 +109,4 @@ def load_isa(isa: str) -> Kernels:
         function = getattr(library, name)
         function.restype = result
         function.argtypes = arguments
-    kernels = Kernels(isa, library)
-    kernels.set_threads(torch.get_num_threads())
-    return kernels
-
-
-@lru_cache(maxsize=1)
-def openmp_team() -> int | None:
-    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch runs on, or None."""
-    for path in _loaded_runtimes():
-        runtime = ctypes.CDLL(path)  # already loaded: this only finds it
-        if hasattr(runtime, "GOMP_parallel"):
-            return ctypes.cast(runtime.GOMP_parallel, c_void_p).value
-    return None
-
-
-def _loaded_runtimes() -> list[str]:
-    """OpenMP libraries of this process, torch's own first."""
-    if not MAPS.exists():
-        return []
-    paths = {line.split(maxsplit=5)[-1] for line in MAPS.read_text().splitlines() if "/" in line}
-    runtimes = sorted(path for path in paths if Path(path).name.startswith(OPENMP_RUNTIMES))
-    own = str(Path(torch.__file__).parent)
-    return sorted(runtimes, key=lambda path: not path.startswith(own))
+    return Kernels(isa, library)
