@@ -113,7 +113,7 @@ StepFunction = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class Platform(ABC):
-    """A chip. Constructed once per engine process, after ``probe`` said yes."""
+    """A chip. Constructed after ``probe`` said yes: to run, and by the resolver to ask for the default dtype."""
 
     @classmethod
     @abstractmethod

@@ -46,7 +46,9 @@ class QuantMethod(ABC):
 
     @abstractmethod
     def __init__(self, quantization_config: Mapping[str, Any] | None) -> None:
-        """Args:
+        """Prepare for a checkpoint's format, or for quantizing on load.
+
+        Args:
             quantization_config: the checkpoint's section, or None to quantize an unquantized checkpoint on load.
 
         Raises:

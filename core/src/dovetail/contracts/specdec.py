@@ -34,8 +34,8 @@ class SpecState:
 
     Attributes:
         slots: the requests that may be drafted for.
-        tokens_SL: int64 ``[slots, max_model_len]``: every request's verified tokens, by slot.
-        num_tokens_S: int64 how many of each row are verified.
+        tokens_SL: int64 ``[max_num_seqs, L]``, L > max_model_len: every request's verified tokens, by slot.
+        num_tokens_S: int64 ``[max_num_seqs]``, on the host: how many of each row are verified.
         temperature_S: float32 sampling temperature by slot; 0 is greedy.
         limit: per entry of ``slots``, how many drafts still fit into the request's own limits.
     """
