@@ -203,6 +203,15 @@ def test_equal_logits_are_all_kept(params):
     assert filter_logits(torch.zeros(1, 300), tensors_of(params)).isfinite().all()
 
 
+def test_equal_logits_beyond_the_candidates_are_kept_too():
+    """Top-p is reached among the first candidates, at a logit that hundreds of others share."""
+    logits = torch.zeros(1, 300)
+    logits[0, 17] = 5.0  # a third of the probability
+    for params in (SamplingParams(top_p=0.35), SamplingParams(top_p=0.35, min_p=0.001)):
+        assert filter_logits(logits, tensors_of(params)).isfinite().all()
+        assert sample_tokens(logits.expand(3000, 300), tensors_of(params, 3000)).unique().numel() > 280
+
+
 def test_at_least_one_token_is_kept():
     logits = torch.tensor([[5.0, 1.0, -3.0]])
     for params in (SamplingParams(top_p=1e-9), SamplingParams(min_p=1.0), SamplingParams(top_k=1)):
@@ -274,14 +283,22 @@ def test_a_slot_carries_nothing_over_to_its_next_request(make):
     assert sampler.step(make.plan([0], [3]), logits).token_ids == [[int(logits.argmax())]]
 
 
-def test_penalty_counts_start_anew_in_a_reused_slot(make):
-    params = SamplingParams(temperature=0, frequency_penalty=2.0)
-    logits = torch.tensor([[1.0, 0.5, 0.0]])
-    sampler = make.sampler(3, make.row(0, params, (2,)))
-    assert [sampler.step(make.plan([0], [1 + i]), logits).token_ids[0][0] for i in range(3)] == [0, 1, 2]
+def test_a_shorter_bias_replaces_a_longer_one(make):
+    sampler = make.sampler(4, make.row(0, SamplingParams(temperature=0, logit_bias={0: 1.0, 1: 50.0, 2: 60.0})))
     sampler.leave(0)
-    sampler.enter(make.row(0, params, (2,)))
-    assert sampler.step(make.plan([0], [1]), logits).token_ids == [[0]]
+    sampler.enter(make.row(0, SamplingParams(temperature=0, logit_bias={0: 1.0})))
+    assert sampler.step(make.plan([0], [3]), torch.tensor([[0.0, 0.0, 0.0, 2.0]])).token_ids == [[3]]
+
+
+def test_penalties_start_anew_in_a_reused_slot(make):
+    params = SamplingParams(temperature=0, frequency_penalty=2.0, repetition_penalty=4.0)
+    logits = torch.tensor([[1.0, 0.9, 0.8, 0.1]])
+    sampler = make.sampler(4, make.row(0, params, (0,)))
+    assert [sampler.step(make.plan([0], [1 + i]), logits).token_ids[0][0] for i in range(2)] == [1, 2]
+    sampler.leave(0)
+    sampler.enter(make.row(0, params, (3,)))
+    # Neither the earlier prompt (0) nor the earlier output (1, 2) counts.
+    assert [sampler.step(make.plan([0], [1 + i]), logits).token_ids[0][0] for i in range(3)] == [0, 1, 2]
 
 
 def test_tables_grow_for_longer_lists_without_harming_earlier_ones(make):
