@@ -36,6 +36,7 @@ from dovetail.messages import EngineRequest, EngineStats, RequestOutputDelta
 from dovetail.options import EngineOptions
 
 LOCAL = "dovetail.engine.local:build_engine"
+_STOPPED = "The engine was stopped."
 _STOP_SECONDS = 5.0
 _LAST_WORDS_SECONDS = 0.3
 _RECONNECT_MS = 10
@@ -147,8 +148,8 @@ class EngineClient:
             RequestError: the engine does not take one of them; the others are aborted.
             EngineDeadError: the engine is gone.
         """
-        if self.dead.is_set():
-            raise EngineDeadError(self.cause)
+        if self.dead.is_set() or self._stopping:
+            raise EngineDeadError(self.cause or _STOPPED)
         stream = Stream(request.request_id for request in requests)
         self._streams.update((request_id, stream) for request_id in stream.live)
         self._idle.clear()
@@ -174,7 +175,7 @@ class EngineClient:
         ]
         for request_id in live:
             self._streams[request_id].aborted.add(request_id)
-        if live and not self.dead.is_set():
+        if live and not self.dead.is_set() and not self._stopping:
             self._send(Abort(live))
 
     def abort_all(self) -> None:
@@ -203,7 +204,7 @@ class EngineClient:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._fail(EngineDeadError("The engine was stopped."))
+        self._fail(EngineDeadError(_STOPPED))
         self._commands.close()
         self._reports.close()
         self._context.term()

@@ -33,6 +33,8 @@ from dovetail.server.usage import usage
 
 ROLE = "assistant"
 
+_FIELDS = ChatTemplateFields.model_fields.keys()
+
 
 async def create_chat_completion(request: Request) -> Response:
     """The route."""
@@ -67,6 +69,10 @@ def render(body: ChatTemplateFields, model: ServedModel) -> str:
         RequestError: malformed messages, or the template rejects them.
     """
     kwargs: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    for name in kwargs.keys() & _FIELDS:
+        raise RequestError(
+            f"chat_template_kwargs must not set {name!r}; it is a field of its own.", param="chat_template_kwargs"
+        )
     if body.documents:
         kwargs["documents"] = body.documents
     for i, message in enumerate(body.messages):

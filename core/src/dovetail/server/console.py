@@ -51,7 +51,8 @@ class StartupProgress(Progress):
 
 def print_configuration(console: Console, model: ServedModel, ready: Ready, url: str) -> None:
     """What runs, why, and where."""
-    width = max(len(title) for title in (rows := _configuration(model, ready)))
+    rows = _configuration(model, ready)
+    width = max(map(len, rows))
     for title, text in rows.items():
         console.print(f"{title:{width}}  {text}", highlight=False, markup=False, soft_wrap=True)
     serving = f"Serving [bold]{escape(model.name)}[/bold] at [bold]{url}[/bold]"

@@ -74,7 +74,7 @@ class RequestBody(BaseModel):
         try:
             body = cls.model_validate_json(data)
         except ValidationError as error:
-            raise _request_error(error.errors(include_url=False, include_input=False)[0]) from None
+            raise _request_error(error.errors(include_url=False, include_input=False)) from None
         body.refuse_unsupported()
         return body
 
@@ -312,8 +312,13 @@ def _token_biases(value: dict[str, float] | None) -> dict[int, float] | None:
     return biases
 
 
-def _request_error(error: ErrorDetails) -> RequestError:
-    """The first of pydantic's complaints, with the field in the API's spelling."""
+def _request_error(errors: Sequence[ErrorDetails]) -> RequestError:
+    """pydantic's first complaint, with the field in the API's spelling.
+
+    A field that may have several types gets one complaint per type; the one that came furthest is the helpful one.
+    """
+    same_field = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
+    error = max(same_field, key=lambda error: len(error["loc"]))
     if error["type"] == "json_invalid":
         return RequestError(f"The body is not valid JSON: {error['ctx']['error']}.", code="invalid_json")
     path = _path(error["loc"])
@@ -330,9 +335,7 @@ def _path(location: Sequence[int | str]) -> str:
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part in _UNION_MEMBERS or "[" in part:
-            break
-        else:
+        elif part not in _UNION_MEMBERS and "[" not in part:
             path += f".{part}" if path else part
     return path
 
