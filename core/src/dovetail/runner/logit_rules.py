@@ -28,7 +28,7 @@ class LogitRules:
         self._penalties = _Penalties(max_num_seqs, vocab_size, device)
 
     def enter(self, row: NewRow) -> None:
-        """Write a request's rules into its slot."""
+        """Write a request's rules into its slot, in place of those before."""
         params, slot = row.params, row.slot
         bias = params.logit_bias or {}
         self._bias.put(slot, list(bias), list(bias.values()))
@@ -37,12 +37,6 @@ class LogitRules:
         self._stops.put(slot, sorted(stops) if params.min_tokens else ())
         self._stops_until[slot] = row.prompt_len + params.min_tokens
         self._penalties.enter(row)
-
-    def leave(self, slot: int) -> None:
-        """Clear a slot."""
-        for table in (self._bias, self._allowed, self._stops):
-            table.put(slot, ())
-        self._penalties.leave(slot)
 
     def apply(self, logits_SV: Tensor, rows: SampleRows) -> Tensor:
         """The logits with every rule applied: the input itself if no row has one, else a float32 copy."""
@@ -148,10 +142,6 @@ class _Penalties:
         in_prompt[slot, prompt] = True
         counts[slot] = 0
         self._count(np.full(len(row.token_ids) - row.prompt_len, slot), row.token_ids[row.prompt_len :])
-
-    def leave(self, slot: int) -> None:
-        """Clear a slot."""
-        self.used[slot] = False
 
     def observe(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> None:
         """Count new output tokens."""

@@ -92,7 +92,6 @@ class ModelRunner:
 
     def _apply(self, plan: StepPlan) -> None:
         for slot in plan.freed_slots:
-            self._sampler.leave(slot)
             self._prompt_logprobs.pop(slot, None)
         if self._spec_decoder is not None and plan.freed_slots:
             self._spec_decoder.release(plan.freed_slots)

@@ -53,16 +53,12 @@ class Sampler:
         self._num_prompt_logprobs = np.full(max_num_seqs, NOT_ASKED)
 
     def enter(self, row: NewRow) -> None:
-        """A request enters a slot. Token ids of its parameters lie within the vocabulary."""
+        """A request enters a slot and replaces the one before it. Token ids of its parameters lie within the vocabulary."""
         self._table.enter(row)
         self._rules.enter(row)
         asked, prompt_asked = row.params.logprobs, row.params.prompt_logprobs
         self._num_logprobs[row.slot] = NOT_ASKED if asked is None else asked
         self._num_prompt_logprobs[row.slot] = NOT_ASKED if prompt_asked is None else prompt_asked
-
-    def leave(self, slot: int) -> None:
-        """The slot's request is gone."""
-        self._rules.leave(slot)
 
     def step(self, plan: StepPlan, logits_SV: Tensor, draft_probs: DraftProbs | None = None) -> SampledStep:
         """Sample, or verify drafts, for every request of the plan that samples.
