@@ -53,7 +53,7 @@ class Sampler:
         self._num_prompt_logprobs = np.full(max_num_seqs, NOT_ASKED)
 
     def enter(self, row: NewRow) -> None:
-        """A request enters a slot and replaces the one before it. Token ids of its parameters lie within the vocabulary."""
+        """A request replaces the one before it in a slot. Its parameters name tokens of the vocabulary only."""
         self._table.enter(row)
         self._rules.enter(row)
         asked, prompt_asked = row.params.logprobs, row.params.prompt_logprobs
