@@ -1,4 +1,4 @@
-"""The paged kernel against dense attention in float64, and against itself in other batches, chunks and thread counts."""
+"""The paged kernel against dense attention in float64, and against itself in other batches, chunks and threads."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def sequence(spec: AttentionSpec, length: int, dtype: torch.dtype, blocks: list[
     return Sequence(2 * heads(spec.num_heads), heads(spec.num_kv_heads), heads(spec.num_kv_heads), blocks)
 
 
-def sequences(spec: AttentionSpec, lengths: list[int], dtype: torch.dtype, block_size: int) -> tuple[list[Sequence], int]:
+def sequences(
+    spec: AttentionSpec, lengths: list[int], dtype: torch.dtype, block_size: int
+) -> tuple[list[Sequence], int]:
     """Requests on shuffled blocks; also how many blocks there are."""
     counts = [-(-length // block_size) for length in lengths]
     ids = list(range(1, sum(counts) + 1))

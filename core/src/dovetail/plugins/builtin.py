@@ -16,7 +16,9 @@ def dovetail_register_platforms(register: Register[PlatformManifest]) -> None:
             device_type="cpu",
             dtypes=("bfloat16", "float32"),
             attention=("cpu", "reference"),
-            ops=frozenset({"rms_norm", "add_rms_norm", "rotary", "silu_and_mul", "linear_pack", "linear"}),
+            ops=frozenset(
+                {"rms_norm", "add_rms_norm", "rotary", "silu_and_mul", "linear_pack", "linear", "embedding", "sample"}
+            ),
         ),
         "dovetail.platforms.cpu.platform:CpuPlatform",
     )

@@ -93,7 +93,7 @@ class CpuAttention(AttentionBackend):
         if device.type != "cpu":
             raise ConfigError(f"The cpu attention backend needs cpu tensors, not {device}; choose another --attention.")
         if dtype not in NATIVE_DTYPES:
-            raise ConfigError(f"The cpu attention backend computes in bfloat16 or float32, not in {dtype}; set --dtype.")
+            raise ConfigError(f"The cpu attention backend computes in bfloat16 or float32, not {dtype}; set --dtype.")
         if kv_dtype != dtype:
             raise ConfigError(
                 f"The cpu attention backend stores keys and values in the activation dtype {dtype}, not in {kv_dtype}; "

@@ -34,6 +34,8 @@ PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         None,
         (c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long),
     ),
+    "dovetail_gather": (c_int, (c_int, c_void_p, c_long, c_void_p, c_void_p, c_long, c_long)),
+    "dovetail_argmax": (None, (c_int, c_void_p, c_long, c_void_p, c_long, c_long)),
     "dovetail_attention": (
         c_int,
         (

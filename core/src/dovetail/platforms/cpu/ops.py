@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dovetail.ops import reference
+from dovetail.ops.sampling import SamplingTensors
 from dovetail.platforms.cpu.kernels import Kernels
 from dovetail.platforms.cpu.pages import Arena
 
@@ -50,6 +51,8 @@ class CpuOps:
         self._linear = library.dovetail_linear
         self._pack = library.dovetail_pack
         self._packed_bytes = library.dovetail_packed_bytes
+        self._gather = library.dovetail_gather
+        self._argmax = library.dovetail_argmax
         self._arena = Arena()
 
     def table(self) -> Mapping[str, Callable[..., Any]]:
@@ -61,6 +64,8 @@ class CpuOps:
             "silu_and_mul": self.silu_and_mul,
             "linear_pack": self.linear_pack,
             "linear": self.linear,
+            "embedding": self.embedding,
+            "sample": self.sample,
         }
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -139,6 +144,32 @@ class CpuOps:
             packed.bf16, x.data_ptr(), x.stride(0), packed.address, None if bias_O is None else bias_O.data_ptr(),
             out.data_ptr(), rows, inputs, packed.outputs,
         )  # fmt: skip
+        return out
+
+    def embedding(self, ids_T: Tensor, table_VD: Tensor | PackedLinear) -> Tensor:
+        """See the reference. The table may also be a packed weight, so that a tied head needs no second copy.
+
+        Raises:
+            IndexError: an id is no row of the table.
+        """
+        if isinstance(table_VD, Tensor):
+            return reference.embedding(ids_T, table_VD)
+        ids, packed = ids_T.contiguous(), table_VD
+        out = torch.empty((*ids.shape, packed.inputs), dtype=packed.dtype)
+        if self._gather(
+            packed.bf16, ids.data_ptr(), ids.numel(), packed.address, out.data_ptr(), packed.inputs, packed.outputs
+        ):
+            raise IndexError(f"A token id is outside 0 .. {packed.outputs - 1}.")
+        return out
+
+    def sample(self, logits_SV: Tensor, params: SamplingTensors) -> Tensor:
+        """See the reference; the largest logit is found natively."""
+        if not params.all_greedy or logits_SV.dtype not in NATIVE_DTYPES or logits_SV.stride(1) != 1:
+            return reference.sample(logits_SV, params)
+        rows, size = logits_SV.shape
+        out = torch.empty(rows, dtype=torch.int64)
+        bf16 = int(logits_SV.dtype is torch.bfloat16)
+        self._argmax(bf16, logits_SV.data_ptr(), logits_SV.stride(0), out.data_ptr(), rows, size)
         return out
 
 

@@ -47,10 +47,12 @@ class CpuPlatform(Platform):
         threads = config.num_threads if config.num_threads is not None else machine.usable_cores()
         if threads < 1:
             raise ConfigError(f"--num-threads is {threads}; it must be at least 1.")
-        torch.set_num_threads(threads)
         self._kernels = kernels.load() if kernels.built_isas() else None
         if self._kernels is not None:
             self._kernels.set_threads(threads)
+        # One pool computes. Torch's own threads would spin for milliseconds after each of its parallel operations, on
+        # the cores that the kernels need; what is left to torch in a step is small.
+        torch.set_num_threads(threads if self._kernels is None else 1)
 
     @property
     def device(self) -> torch.device:

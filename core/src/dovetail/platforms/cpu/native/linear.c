@@ -88,3 +88,27 @@ void dovetail_linear(int bf16, const void *x, long x_stride, const void *packed,
     struct linear l = {x, packed, bias, y, rows, inputs, outputs, x_stride, bf16 ? inputs / 2 : inputs, panels};
     parallel_for(panels * blocks, parallel_threads(), bf16 ? linear_bf16 : linear_fp32, &l);
 }
+
+struct gather {
+    const int64_t *ids;
+    const char *packed;
+    char *out;
+    long count, steps;
+};
+
+static void gather_row(const void *context, long row) {
+    const struct gather *g = context;
+    const char *from = g->packed + g->ids[row] / PANEL * g->steps * PANEL_BYTES + g->ids[row] % PANEL * 4;
+    char *to = g->out + row * g->steps * 4;
+    for (long step = 0; step < g->steps; step++) memcpy(to + step * 4, from + step * PANEL_BYTES, 4);
+}
+
+// Rows of a packed weight, as it was before packing; bf16 needs an even number of inputs. Returns 0, or 1 when an id is
+// outside 0 .. outputs - 1; then nothing is written.
+int dovetail_gather(int bf16, const int64_t *ids, long count, const void *packed, void *out, long inputs, long outputs) {
+    struct gather g = {ids, packed, out, count, bf16 ? inputs / 2 : inputs};
+    for (long i = 0; i < count; i++)
+        if (ids[i] < 0 || ids[i] >= outputs) return 1;
+    parallel_for(count, count < 8 ? 1 : parallel_threads(), gather_row, &g);
+    return 0;
+}
