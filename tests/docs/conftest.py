@@ -169,3 +169,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     yield Served(url, log, process)
     process.terminate()
     assert process.wait(30) == 0, log.read_text()
+
+
+@pytest.fixture(scope="session")
+def read_page() -> Callable[[str], Page]:
+    """:meth:`Page.read`; folders of tests share helpers by fixture."""
+    return Page.read

@@ -1,0 +1,26 @@
+"""What is written from the code is what the code would write."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MAKE_DOCS = runpy.run_path(str(ROOT / "scripts/make_docs.py"))
+PAGES = MAKE_DOCS["pages"]()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_file_is_current(name):
+    committed = (ROOT / "docs/reference" / name).read_text(encoding="utf-8")
+    assert committed == PAGES[name], "run .venv/bin/python scripts/make_docs.py"
+
+
+def test_nothing_else_is_there():
+    assert {path.name for path in (ROOT / "docs/reference").iterdir()} == set(PAGES)
+
+
+def test_every_hook_and_field_has_text():
+    cells = [line.strip("| ").split(" | ") for line in PAGES["hooks.md"].splitlines() if line.startswith("| `")]
+    assert len(cells) > 40
+    assert all(len(row[-1].strip()) > 3 for row in cells), [row for row in cells if len(row[-1].strip()) <= 3]
