@@ -40,6 +40,7 @@ PARAMS = st.fixed_dictionaries(
         "ignore_eos": st.booleans(),
         "prompt_logprobs": st.just(0),
         "logprobs": st.just(1),
+        "min_tokens": st.just(1),
     },
 )
 ARRIVALS = st.lists(
@@ -171,9 +172,12 @@ def test_any_load_gives_the_brute_force_output_and_leaks_nothing(
     extra_blocks=st.integers(0, 8),
     num_drafts=st.sampled_from([0, 2]),
     aborts=st.dictionaries(st.integers(0, 5), st.integers(0, 12), max_size=2),
+    depth=st.integers(2, 4),
 )
-def test_planning_ahead_of_results_changes_no_output(prompts, windows, budget, extra_blocks, num_drafts, aborts):
-    """Two plans are made before the first is committed: the ledger tells what is computed from what is in flight."""
+def test_planning_ahead_of_results_changes_no_output(
+    prompts, windows, budget, extra_blocks, num_drafts, aborts, depth
+):
+    """Up to ``depth`` plans are made before the first is committed: the ledger tells computed from in flight."""
     config = engine_config(vocab_size=7, max_model_len=MAX_LEN, max_num_seqs=3, max_num_batched_tokens=budget)
     executor = ScriptedExecutor(
         config,
@@ -192,7 +196,7 @@ def test_planning_ahead_of_results_changes_no_output(prompts, windows, budget, e
         plan = scheduler.plan()
         if plan is not None:
             in_flight.append((plan, executor.run(plan)))
-        if len(in_flight) > 1 or (plan is None and in_flight):
+        if len(in_flight) >= depth or (plan is None and in_flight):
             deltas = scheduler.commit(*in_flight.pop(0))
         else:
             deltas = scheduler.take_aborted()

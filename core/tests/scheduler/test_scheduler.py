@@ -1,5 +1,6 @@
 """One behaviour per test, on plans that can be checked by hand. Blocks hold 4 tokens."""
 
+import msgspec
 import pytest
 
 from dovetail.contracts.executor import ExecutorInfo, KVGroup, Progress
@@ -141,6 +142,17 @@ def test_a_request_is_admitted_only_if_all_its_known_tokens_fit():
     assert (second.num_scheduled, entered(second)) == ([8], [])
     assert entered(third) == ["b"]
     assert bench.scheduler.stats().num_preemptions == 0
+
+
+def test_nobody_is_admitted_into_blocks_that_a_preemption_freed():
+    bench = Bench(num_blocks=6, scheduling_policy="priority", max_model_len=20)
+    bench.add("a", range(8), max_tokens=4)
+    bench.add("b", range(20, 29), max_tokens=4, priority=2)
+    bench.step()
+    bench.add("c", [50], max_tokens=1, priority=1)
+    preempting, following = bench.step(), bench.step()
+    assert (preempting.freed_slots, entered(preempting)) == ([1], [])
+    assert entered(following) == ["c"]
 
 
 def test_fcfs_ignores_priority_and_the_priority_policy_obeys_it():
@@ -341,6 +353,22 @@ def test_aborting_between_plan_and_commit_drops_the_result():
     bench.scheduler.abort(["a"])
     deltas = bench.scheduler.commit(plan, bench.executor.run(plan))
     assert [(delta.request_id, delta.finish_reason) for delta in deltas] == [("a", "abort"), ("b", None)]
+
+
+def test_a_request_that_the_executor_gives_up_ends_alone():
+    bench = Bench(num_blocks=11)
+    bench.add("a", [1, 2], max_tokens=5)
+    bench.add("b", [3, 4], max_tokens=5)
+    plan = bench.scheduler.plan()
+    result = msgspec.structs.replace(bench.executor.run(plan), errors={0: "its logits are NaN"})
+    failed, alive = bench.scheduler.commit(plan, result)
+    assert (failed.request_id, failed.finish_reason, failed.error) == ("a", "error", "its logits are NaN")
+    assert (failed.new_token_ids, failed.times.first_token) == ([], 0.0)
+    assert (alive.request_id, alive.finish_reason) == ("b", None)
+    following = bench.step()
+    assert (following.freed_slots, following.slots) == ([0], [1])
+    bench.run()
+    assert bench.scheduler.kv.pool.usage == 0
 
 
 def test_prompt_logprobs_are_collected_over_chunks_and_skip_the_cache():

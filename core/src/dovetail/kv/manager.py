@@ -71,7 +71,6 @@ class KVCacheManager:
             for block in held:
                 self.pool.take(block)
             table.blocks[group].extend(ids)
-            table.num_held += len(held)
             table.num_slid[group] = len(ids) - len(held)
         table.capacity = num_pages * self.block_size
         table.num_cached = num_pages
@@ -94,7 +93,6 @@ class KVCacheManager:
             new = self.pool.allocate(pages)
             ids.extend(new)
             updates.append((group, first, new))
-        table.num_held += needed
         table.capacity += pages * self.block_size
         return updates
 
@@ -113,7 +111,6 @@ class KVCacheManager:
             nulls = [NULL_BLOCK] * (end - first)
             ids[first:end] = nulls
             table.num_slid[group] = end
-            table.num_held -= len(nulls)
             updates.append((group, first, nulls))
         table.slides_at = self._next_slide(table)
         return updates

@@ -11,20 +11,18 @@ class BlockTable:
         hashes: one per full block of known tokens; outlives preemption, so that nothing is hashed twice.
         blocks: per KV group, one block id per page; all groups have equally many pages.
         capacity: tokens that the pages can store.
-        num_held: blocks that are not null, over all groups.
         num_cached: leading pages whose content was offered to the prefix cache.
         num_slid: per KV group, leading pages that slid out of the window.
         slides_at: computed tokens at which the next page slides out of a window.
     """
 
-    __slots__ = ("blocks", "capacity", "hashes", "num_cached", "num_held", "num_slid", "root", "slides_at")
+    __slots__ = ("blocks", "capacity", "hashes", "num_cached", "num_slid", "root", "slides_at")
 
     def __init__(self, num_groups: int, root: bytes) -> None:
         self.root = root
         self.hashes: list[bytes] = []
         self.blocks: list[list[int]] = [[] for _ in range(num_groups)]
         self.capacity = 0
-        self.num_held = 0
         self.num_cached = 0
         self.num_slid = [0] * num_groups
         self.slides_at = 0
@@ -34,4 +32,4 @@ class BlockTable:
         for ids in self.blocks:
             ids.clear()
         self.num_slid = [0] * len(self.blocks)
-        self.capacity = self.num_held = self.num_cached = self.slides_at = 0
+        self.capacity = self.num_cached = self.slides_at = 0

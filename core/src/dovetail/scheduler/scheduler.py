@@ -221,30 +221,23 @@ class Scheduler:
         self._waiting.push(request)
 
     def _plan_waiting(self, builder: PlanBuilder) -> None:
-        reserved = -1
         while builder.budget > 0 and self._free_slots and (request := self._waiting.peek()) is not None:
-            if reserved < 0:
-                reserved = sum(self._blocks_owed(running) for running in self._running)
-            if not self._admit(request, builder, reserved):
+            if not self._admit(request, builder):
                 return
-            reserved += self._blocks_owed(request)
 
-    def _blocks_owed(self, request: Request) -> int:
-        """Blocks that a running request's known tokens will still take; admission leaves them alone."""
-        known = len(request.token_ids)
-        if known <= request.table.capacity:
-            return 0
-        return max(0, self.kv.most_blocks(known) - request.table.num_held)
+    def _admit(self, request: Request, builder: PlanBuilder) -> bool:
+        """Give a request a slot, its cached prefix and blocks, if all of its known tokens fit.
 
-    def _admit(self, request: Request, builder: PlanBuilder, reserved: int) -> bool:
-        """Give a request a slot, its cached prefix and blocks, if all of its known tokens fit."""
+        Blocks that it does not take at once stay free for it: while budget is left for others, every running
+        request has caught up with its known tokens.
+        """
         kv, known = self.kv, len(request.token_ids)
         pages = 0 if request.prompt_logprobs is not None else kv.find_prefix(request.table, known)
         start = pages * kv.block_size
         count = min(known - start, builder.budget)
         if not self._config.enable_chunked_prefill and count < known - start:
             return False
-        if kv.blocks_to_admit(request.table, known, pages) + reserved > kv.pool.num_free:
+        if kv.blocks_to_admit(request.table, known, pages) > kv.pool.num_free:
             return False
         self._waiting.pop()
         kv.adopt(request.table, pages)
