@@ -153,8 +153,7 @@ class LiveServer:
     def close(self):
         self.http.close()
         if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+            self.terminate()
 
 
 @contextmanager

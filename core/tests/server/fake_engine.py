@@ -2,6 +2,7 @@
 
 After a letter comes the next one, after "z" the end of sequence; after anything else "a", or with a seed the
 seed's own letter; after "#" an "é" in two tokens. The token ``<crash>`` at the end of a prompt kills the engine.
+After "abc", a prompt with "~" fails like one whose logits are no numbers.
 ``config.json`` holds fields of EngineConfig, and under ``executor`` arguments of ScriptedExecutor.
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 import os
 import time
 
+import msgspec
+
 from dovetail import checkpoint
 from dovetail.engine.engine import Engine
 from dovetail.errors import ConfigError, ModelLoadError
@@ -17,12 +20,25 @@ from dovetail.testing import ScriptedExecutor, ScriptedModel, engine_config
 
 CRASH, EOS, FIRST_BYTE = 0, 2, 4
 VOCAB_SIZE = FIRST_BYTE + 256
+FAILURE = FIRST_BYTE + 255
+
+
+class FailingExecutor(ScriptedExecutor):
+    """Reports an error for the request whose next token is ``FAILURE``."""
+
+    def run(self, plan):
+        result = super().run(plan)
+        errors = {i: "Its logits are not finite." for i, new in enumerate(result.token_ids) if FAILURE in new}
+        new = [[] if i in errors else tokens for i, tokens in enumerate(result.token_ids)]
+        return msgspec.structs.replace(result, token_ids=new, errors=errors)
 
 
 def next_token(token_ids, seed):
     last = token_ids[-1] - FIRST_BYTE
     if token_ids[-1] == CRASH:
         raise RuntimeError("the prompt ends with <crash>")
+    if last == ord("c") and FIRST_BYTE + ord("~") in token_ids:
+        return FAILURE
     if ord("a") <= last < ord("z"):
         return FIRST_BYTE + last + 1
     if last == ord("z"):
@@ -53,7 +69,7 @@ def build(options, registries, progress):
         eos_token_ids=(EOS,),
         **{"max_model_len": 4000, "max_num_seqs": 16, "max_num_batched_tokens": 512, "block_size": 16, **fields},
     )
-    executor = ScriptedExecutor(config, model=ScriptedModel(VOCAB_SIZE, next_token), **{"delay": 0.002, **arguments})
+    executor = FailingExecutor(config, model=ScriptedModel(VOCAB_SIZE, next_token), **{"delay": 0.002, **arguments})
     info = executor.load(progress)
     progress.update("warm-up", 1, 1)
     return Engine(config, executor, info), config, info

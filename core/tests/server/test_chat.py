@@ -60,6 +60,12 @@ def test_parts_roles_and_template_arguments(server):
     assert prompt.endswith("user: say.\n[1 tools][gay]assistant:")
 
 
+def test_developers_are_the_system_to_templates_that_do_not_know_them(server):
+    messages = [{"role": "developer", "content": "d"}, USER]
+    tokens = server.post("/tokenize", messages=messages).json()["tokens"]
+    assert server.post("/detokenize", tokens=tokens).json()["prompt"].startswith("system: d\n")
+
+
 def test_continuing_the_last_message(server):
     messages = [USER, {"role": "assistant", "content": "abc"}]
     body = {"messages": messages, "max_tokens": 2, "temperature": 0, "continue_final_message": True}

@@ -81,7 +81,6 @@ def _still_serving(server):
         ({"prompt": "a", "logit_bias": {"5": "1"}}, "logit_bias.5"),
         ({"prompt": "a", "logit_bias": {"9" * 50: 1}}, "logit_bias"),
         ({"prompt": "a", "logit_bias": [1]}, "logit_bias"),
-        ({"prompt": "a", "stream": "yes"}, "stream"),
         ({"prompt": "a", "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"prompt": "a", "priority": 10**30}, "priority"),
         ({"prompt": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
@@ -98,9 +97,7 @@ def _still_serving(server):
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_completions_refuse_with_the_field(server, body, param, stream):
-    if stream and "stream" in body:
-        pytest.skip("this case is about the field itself")
-    error = error_of(server.post(COMPLETIONS, **{"stream": stream, **body}), 400)
+    error = error_of(server.post(COMPLETIONS, stream=stream, **body), 400)
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
     assert param.partition("[")[0].partition(".")[0] in error["message"]
@@ -234,6 +231,34 @@ def _receive(connection):
         return connection.recv(65536)
     except OSError:
         return b""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_before_the_first_token_is_the_servers(server, stream):
+    messages = [{"role": "user", "content": "~"}, {"role": "assistant", "content": "c"}]
+    for path, body in (
+        (COMPLETIONS, {"prompt": "~c", "temperature": 0}),
+        (CHAT, {"messages": messages, "continue_final_message": True}),
+    ):
+        error = error_of(server.post(path, **body, stream=stream), 500)
+        assert (error["type"], error["code"]) == ("server_error", "generation_failed")
+        assert error["message"] == "Its logits are not finite."
+
+
+def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(server):
+    failed = server.metric("dovetail:request_success_total", '{finished_reason="error"}')
+    body = {"prompt": "~.", "temperature": 0, "stream": True}
+    with server.http.stream("POST", COMPLETIONS, json=body) as response:
+        *chunks, last = [json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line]
+    assert [chunk["choices"][0]["text"] for chunk in chunks] == ["a", "b", "c"]
+    assert last["error"]["code"] == "generation_failed"
+    assert server.metric("dovetail:request_success_total", '{finished_reason="error"}') == failed + 1
+    error_of(server.post(COMPLETIONS, **{**body, "stream": False}), 500)
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body(server):
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
 
 
 def test_unknown_routes_and_methods(server):

@@ -21,6 +21,7 @@ from dovetail.errors import ConfigError, RequestError
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _NOTHING: frozenset[int] = frozenset()
+_LONG_TEXT = 4096
 
 
 class Tokenizer:
@@ -97,7 +98,12 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Text from a chat template has its special tokens already: then pass False."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) < _LONG_TEXT:
+            encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            # The batch form lets other threads run meanwhile, and skips character offsets, which nobody reads.
+            (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -165,6 +171,10 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether ``apply_chat_template`` can work."""
         return "default" in self._templates
+
+    def template_mentions(self, word: str) -> bool:
+        """Whether a chat template contains a word, such as the name of a role."""
+        return any(word in template.source for template in self._templates.values())
 
     def _id_of(self, name: str) -> int | None:
         token = self.special_tokens.get(name)

@@ -75,11 +75,15 @@ def render(body: ChatTemplateFields, model: ServedModel) -> str:
         )
     if body.documents:
         kwargs["documents"] = body.documents
-    for i, message in enumerate(body.messages):
+    messages = body.messages
+    if not model.tokenizer.template_mentions("developer"):
+        # The newer name of the system role, which most templates have never heard of.
+        messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in messages]
+    for i, message in enumerate(messages):
         if message.get("content") is None and message.get("role") != ROLE:
             raise RequestError(f"messages[{i}].content is missing.", param=f"messages[{i}].content")
     return model.tokenizer.apply_chat_template(
-        body.messages,
+        messages,
         body.tools,
         add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
         continue_final_message=bool(body.continue_final_message),

@@ -30,8 +30,8 @@ from dovetail.sampling_params import SamplingParams
 from dovetail.server.errors import ApiError
 from dovetail.server.metrics import Metrics, RequestWatch
 
-_LONG_TEXT = 4096
-"""Characters above which a text is tokenized in a thread, so that other requests do not wait."""
+_LONG = 4096
+"""Characters, or tokens, from which on (de)tokenizing takes a thread, so that other requests do not wait."""
 
 
 class Phase(StrEnum):
@@ -170,10 +170,18 @@ class Service:
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text."""
         tokenizer = self.served().tokenizer
-        if len(text) <= _LONG_TEXT:
+        if len(text) < _LONG:
             return tokenizer.encode(text, add_special_tokens)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, tokenizer.encode, text, add_special_tokens)
+
+    async def decode(self, token_ids: list[int]) -> str:
+        """The text of token ids, special ones included."""
+        tokenizer = self.served().tokenizer
+        if len(token_ids) < _LONG:
+            return tokenizer.decode(token_ids, False)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, tokenizer.decode, token_ids, False)
 
     async def generate(
         self,

@@ -14,7 +14,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from dovetail.engine.processor import Update
-from dovetail.server.errors import ClientGoneError, ErrorBody, describe
+from dovetail.errors import DovetailError
+from dovetail.server.errors import ApiError, ClientGoneError, ErrorBody, describe
 from dovetail.server.service import Updates
 
 T = TypeVar("T")
@@ -90,7 +91,8 @@ class EventStream(Response):
         except OSError:
             raise
         except Exception as error:
-            _logger.exception("A stream ended early.")
+            expected = isinstance(error, DovetailError | ApiError)
+            _logger.error("A stream ended early: %s", type(error).__name__, exc_info=None if expected else error)
             await _send_part(send, event(ErrorBody(describe(error)[1])))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -43,5 +43,5 @@ async def detokenize(request: Request) -> Response:
             raise RequestError(
                 f"tokens contains {token}; this model's tokens are 0 to {size - 1}.", param="tokens"
             )
-    text = model.tokenizer.decode(body.tokens, skip_special_tokens=False)
-    return Response(msgspec.json.encode(Text(text)), media_type="application/json")
+    text = Text(await service.decode(body.tokens))
+    return Response(msgspec.json.encode(text), media_type="application/json")
