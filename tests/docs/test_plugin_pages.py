@@ -6,6 +6,7 @@ import inspect
 import re
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from dovetail import LLM, SamplingParams
 from dovetail.checkpoint import demo
+from dovetail.cli.main import run
 from dovetail.contracts import API_VERSIONS
 from dovetail.contracts.attention import AttentionBackend
 from dovetail.contracts.model import Model
@@ -126,6 +128,17 @@ def test_specdec(installed):
     echoed, echoed_steps = greedy([PROMPT], 96, speculative_config=config)
     assert echoed == plain
     assert echoed_steps < plain_steps
+
+
+def test_commands_of_the_overview(read_page, capsys):
+    lines = [shlex.split(line)[1:] for line in read_page("docs/plugins/README.md").commands()]
+    assert len(lines) >= 7
+    for arguments in lines:
+        with mock.patch.dict("os.environ"):
+            assert run(arguments) == 0, arguments
+    printed, traced = capsys.readouterr()
+    assert "disabled" in printed
+    assert "dovetail hook: models" in traced
 
 
 @pytest.mark.parametrize("name", CONTRACTS)

@@ -107,7 +107,7 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def __init__(self, hf_config: Mapping[str, Any], context: ModelContext) -> None:
-        """Create the modules. Parameters are created on the meta device or empty; the loader fills them."""
+        """Create the modules. Blocks only declare their tensors here; the loader fills them."""
         super().__init__()
 
     @abstractmethod

@@ -17,7 +17,8 @@ from dovetail.errors import PluginLoadError
 from dovetail.ops import reference
 
 PackedWeight = Any
-"""Whatever ``linear_pack`` returns; only the ``linear`` of the same table reads it."""
+"""Whatever ``linear_pack`` returns. The ``linear`` of the same table reads it, and so does its ``embedding``, if that is
+not the reference: a large table tied to the head is kept in this form only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
