@@ -355,6 +355,36 @@ def test_aborting_between_plan_and_commit_drops_the_result():
     assert [(delta.request_id, delta.finish_reason) for delta in deltas] == [("a", "abort"), ("b", None)]
 
 
+def test_a_result_from_before_a_preemption_is_stale_even_if_the_request_runs_again():
+    bench = Bench(num_blocks=4, max_num_batched_tokens=1)
+    bench.add("first", range(7), max_tokens=8)
+    bench.add("second", range(20, 22), max_tokens=8)
+    scheduler, in_flight, tokens = bench.scheduler, [], []
+
+    def plan():
+        planned = scheduler.plan()
+        in_flight.append((planned, bench.executor.run(planned)))
+        return planned
+
+    def commit():
+        for delta in scheduler.commit(*in_flight.pop(0)):
+            if delta.request_id == "second":
+                tokens.extend(delta.new_token_ids)
+
+    while not plan().freed_slots:
+        if len(in_flight) == 2:
+            commit()
+    assert [planned.slots for planned, _ in in_flight] == [[1], [0]]
+    scheduler.abort(["first"])
+    assert entered(plan()) == ["second"]
+    while scheduler.has_work():
+        commit()
+        while scheduler.has_work() and not in_flight:
+            plan()
+    expected = bench.executor.model.complete(engine_request(range(20, 22), max_tokens=8), 64)
+    assert tokens == expected.token_ids
+
+
 def test_a_request_that_the_executor_gives_up_ends_alone():
     bench = Bench(num_blocks=11)
     bench.add("a", [1, 2], max_tokens=5)
