@@ -58,6 +58,13 @@ def test_small_numbers_are_finely_resolved():
     assert abs(below.numel() - u.numel() * 2**-12) < 5 * math.sqrt(u.numel() * 2**-12)
 
 
+def test_the_largest_bits_do_not_round_to_one():
+    """At this column of row (0, 0) the 31 bits are 2³¹ - 21, which float32 rounds up."""
+    keys, column = row_keys(torch.tensor([0]), torch.tensor([0]), Stream.SAMPLE), torch.tensor([19968244])
+    assert uniform(keys, column).item() == 1 - 2**-24
+    assert gumbel(keys, column).isfinite().all()
+
+
 def test_gumbel_has_the_gumbel_distribution():
     g = gumbel(row_keys(torch.tensor([5]), torch.tensor([9]), Stream.SAMPLE), torch.arange(N))[0].double().numpy()
     assert np.isfinite(g).all()

@@ -219,8 +219,16 @@ def test_at_least_one_token_is_kept():
 
 
 def test_temperature_too_small_to_divide_by_is_greedy(make):
-    sampler = make.sampler(3, make.row(0, SamplingParams(temperature=1e-30)))
+    sampler = make.sampler(3, make.row(0, SamplingParams(temperature=1e-42)))
     assert sampler.step(make.plan([0], [3]), torch.tensor([[1.0, 3.0, 2.9]])).token_ids == [[1]]
+
+
+def test_top_k_beyond_the_vocabulary_keeps_all(make):
+    """Also where the number exceeds the device's integers."""
+    logits = torch.randn(1, 5, generator=torch.Generator().manual_seed(0))
+    rows = [make.row(0, SamplingParams(top_k=k), seed=3) for k in (0, -1, 5, 10**30)]
+    tokens = [make.sampler(5, row).step(make.plan([0], [3]), logits).token_ids for row in rows]
+    assert tokens == [tokens[0]] * 4
 
 
 def test_greedy_takes_the_lowest_of_equal_tokens(make):
@@ -326,7 +334,7 @@ def test_only_requests_that_sample_get_tokens(make):
 @pytest.mark.parametrize(
     "params", [{"temperature": 0}, {}, {"top_p": 0.9}, {"top_k": 5, "min_p": 0.1}, {"presence_penalty": 1.0}]
 )
-@pytest.mark.parametrize("drafts", [None, [[1], [2], [3]]])
+@pytest.mark.parametrize("drafts", [None, [[1], [7], [3]]])
 def test_a_poisoned_row_harms_only_its_request(poison, params, drafts, make):
     params = SamplingParams(logprobs=2, **params)
     per_request = 2 if drafts else 1

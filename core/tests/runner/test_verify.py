@@ -294,12 +294,13 @@ def test_verification_is_reproducible_alone_and_in_a_batch(make):
 
 
 def test_a_batch_of_drafts_may_mix_requests_with_and_without(make):
-    """A request without drafts gets its ordinary seeded token beside one that verifies."""
-    rows = [make.row(i, SamplingParams(top_k=3), seed=i) for i in range(2)]
-    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(5))
-    mixed = make.sampler(VOCAB, *rows).step(make.plan([0, 1], [3, 3], [[1, 1], []]), logits)
-    plain = make.sampler(VOCAB, rows[1]).step(make.plan([1], [3]), logits[3:])
-    assert mixed.token_ids[1] == plain.token_ids[0]
+    """Requests without drafts get their ordinary seeded tokens beside one that verifies."""
+    rows = [make.row(i, SamplingParams(top_k=3), seed=i) for i in range(20)]
+    logits = torch.randn(22, VOCAB, generator=torch.Generator().manual_seed(5))
+    plan = make.plan(range(20), [3] * 20, [[1, 1], *([] for _ in range(19))])
+    mixed = make.sampler(VOCAB, *rows).step(plan, logits)
+    plain = make.sampler(VOCAB, *rows).step(make.plan(range(1, 20), [3] * 19), logits[3:])
+    assert mixed.token_ids[1:] == plain.token_ids
 
 
 def test_draft_probs_follow_their_slots_into_a_later_plan():
