@@ -8,7 +8,6 @@ A peer is measured when the Python of its own environment is given; README.md he
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -75,7 +74,8 @@ def _medians(replies: list[dict[str, Any]]) -> dict[str, float]:
 def show(workload: Workload, medians: dict[str, dict[str, float]], console: Console) -> None:
     """Print absolute figures for the record and ratios to Dovetail."""
     tokens = workload.requests * (workload.shared + workload.unique + workload.out)
-    table = Table(title=f"{workload.name}: {workload.requests} × ({workload.shared}+{workload.unique} in, {workload.out} out)")
+    size = f"({workload.shared}+{workload.unique} in, {workload.out} out)"
+    table = Table(title=f"{workload.name}: {workload.requests} × {size}")
     for column in ("engine", "wall s", "tokens/s", "ms/token", "TTFT ms", "PSS MB", "Dovetail is × as fast"):
         table.add_column(column, justify="left" if column == "engine" else "right")
     ours = medians["dovetail"]
@@ -95,8 +95,8 @@ def show(workload: Workload, medians: dict[str, dict[str, float]], console: Cons
 
 def machine() -> str:
     """The machine, in words."""
-    with open("/proc/cpuinfo") as file:
-        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.processor())
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
     return f"{model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {time.strftime('%F')}"
 
 

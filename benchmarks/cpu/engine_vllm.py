@@ -1,17 +1,20 @@
 """vLLM's worker: its CPU build, compiled mode, set up as its documentation asks (tcmalloc and its OpenMP preloaded)."""
 
-import glob
 import os
 import sys
 import time
+from pathlib import Path
 
 from worker import Generate, Stream, serve
 
-PRELOAD = [*glob.glob("/usr/lib/*/libtcmalloc_minimal.so.4"), *glob.glob(f"{sys.prefix}/lib/libiomp5.so")]
+PRELOAD = [
+    *map(str, Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4")),
+    *map(str, Path(sys.prefix).glob("lib/libiomp5.so")),
+]
 
 
 def load() -> tuple[str, Generate, Stream]:
-    model, dtype, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    model, dtype = sys.argv[1], sys.argv[2]
     import vllm
     from vllm import LLM, SamplingParams
 

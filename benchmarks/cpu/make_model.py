@@ -1,6 +1,6 @@
 """Make the benchmark checkpoint: random weights, 125 M parameters (100 M of them read per token), with a BPE tokenizer.
 
-    python benchmarks/cpu/make_model.py FOLDER
+python benchmarks/cpu/make_model.py FOLDER
 """
 
 import sys
@@ -30,10 +30,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        corpus(), trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIAL, show_progress=False, initial_alphabet=alphabet)
+        corpus(),
+        trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIAL, show_progress=False, initial_alphabet=alphabet),
     )
     bpe.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[2])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[2]
+    )
 
 
 def main(folder: str) -> None:

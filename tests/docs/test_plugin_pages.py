@@ -38,7 +38,7 @@ def greedy(prompts, tokens=32, **options):
     """Greedy tokens of the demo model, and how many steps they took."""
     with LLM(num_threads=1, max_model_len=256, max_num_seqs=4, max_num_batched_tokens=64, **options) as llm:
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
-        return [output.outputs[0].token_ids for output in outputs], llm._engine.stats().steps
+        return [output.outputs[0].token_ids for output in outputs], llm.stats().steps
 
 
 def test_platform(installed):

@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from dovetail_models import plugin as models_plugin
 
 from dovetail.checkpoint import demo
 from dovetail.config import EngineConfig, Selection
@@ -19,6 +18,7 @@ from dovetail.options import EngineOptions
 from dovetail.plugins.host import PluginHost
 from dovetail.resolver import resolve
 from dovetail.runner.executor import LocalExecutor
+from dovetail_models import plugin as models_plugin
 
 PLATFORMS = {
     "reference": "dovetail.testing.platforms:ReferencePlatform",
@@ -27,7 +27,9 @@ PLATFORMS = {
 MakeEngine = Callable[..., Engine]
 
 
-def config_for(model: Path | str, platform: str = "cpu", spec_decoder: str | None = None, **options: Any) -> EngineConfig:
+def config_for(
+    model: Path | str, platform: str = "cpu", spec_decoder: str | None = None, **options: Any
+) -> EngineConfig:
     """Resolve as a user's command would; test platforms and test speculators take the resolved ones' places."""
     drafts = options.pop("num_speculative_tokens", 0)
     attention = "auto" if platform == "cpu" else "reference"

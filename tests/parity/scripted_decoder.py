@@ -1,4 +1,4 @@
-"""Speculators for tests: drafts that are right, wrong or drawn from a known distribution, by the position they stand at."""
+"""A speculator for tests: drafts that are right or wrong, by the position they stand at."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One random tiny checkpoint per family and kind of attention, through the whole engine: greedy tokens equal transformers'."""
+"""One random tiny checkpoint per family, through the whole engine: greedy tokens equal transformers'."""
 
 from __future__ import annotations
 

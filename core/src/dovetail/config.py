@@ -1,4 +1,4 @@
-"""The resolved configuration: what runs. Torch-free and msgspec-encodable, so every process gets the parent's decision."""
+"""The resolved configuration: what runs. Torch-free and msgspec-encodable, so every process gets one decision."""
 
 from __future__ import annotations
 

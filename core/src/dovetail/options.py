@@ -27,25 +27,40 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] = (), metavar: s
 class EngineOptions:
     """Options of the engine; ``LLM`` takes the same names."""
 
-    model: str | None = option(None, "Checkpoint folder or hub id; without one the embedded demo model is served.", metavar="PATH_OR_HUB_ID")
+    model: str | None = option(
+        None, "Checkpoint folder or hub id; without one the embedded demo model is served.", metavar="PATH_OR_HUB_ID"
+    )
     revision: str | None = option(None, "Branch, tag or commit of a hub model.")
-    tokenizer: str | None = option(None, "Folder or hub id of the tokenizer, if it is not beside the model.", metavar="PATH_OR_HUB_ID")
-    dtype: str = option("auto", "Activation dtype; auto takes the checkpoint's, where the platform computes in it.", choices=DTYPES)
+    tokenizer: str | None = option(
+        None, "Folder or hub id of the tokenizer, if it is not beside the model.", metavar="PATH_OR_HUB_ID"
+    )
+    dtype: str = option(
+        "auto", "Activation dtype; auto takes the checkpoint's, where the platform computes in it.", choices=DTYPES
+    )
     max_model_len: int | None = option(None, "Longest prompt plus output, in tokens; default: the checkpoint's.")
     max_num_seqs: int = option(64, "Most requests computed in one step.")
     max_num_batched_tokens: int = option(2048, "Most tokens computed in one step.")
     block_size: int = option(16, "Tokens per KV-cache block.")
-    kv_cache_memory: float | None = option(None, "GiB for the KV cache; default: enough for max_num_seqs full contexts, at most a quarter of the free device memory.")
+    kv_cache_memory: float | None = option(
+        None,
+        "GiB for the KV cache; default: max_num_seqs full contexts, at most a quarter of the free device memory.",
+    )
     kv_cache_dtype: str = option("auto", "Storage dtype of the KV cache; auto takes the activation dtype.")
     enable_prefix_caching: bool = option(True, "Share KV blocks of equal prompt prefixes.")
     enable_chunked_prefill: bool = option(True, "Split long prompts over steps and mix them with decodes.")
-    scheduling_policy: str = option("fcfs", "Order of requests: first come first served, or by the request's priority.", choices=("fcfs", "priority"))
+    scheduling_policy: str = option(
+        "fcfs",
+        "Order of requests: first come first served, or by the request's priority.",
+        choices=("fcfs", "priority"),
+    )
     seed: int = option(0, "Seed of requests that bring none.")
     platform: str = option("auto", "Platform plugin; auto takes the highest priority that is available here.")
     attention: str = option("auto", "Attention backend; auto takes the platform's first that supports the model.")
     quantization: str | None = option(None, "Weight format; default: what the checkpoint says.")
     speculative_config: Mapping[str, Any] | None = option(
-        None, "Speculative decoding as JSON: method, num_speculative_tokens, and the method's own options.", metavar="JSON"
+        None,
+        "Speculative decoding as JSON: method, num_speculative_tokens, and the method's own options.",
+        metavar="JSON",
     )
     num_threads: int | None = option(None, "Host threads for computation; default: the platform's choice.")
 

@@ -165,15 +165,12 @@ def _dtype(
         ]
     if facts is None:
         return None, []
-    from dovetail.contracts.platform import PlatformConfig
-
     try:
-        device = chip.loaded(PlatformConfig(num_threads=options.num_threads))
-        dtype = str(device.default_dtype(facts.dtype)).removeprefix("torch.")
+        dtype = str(chip.loaded.default_dtype(facts.dtype)).removeprefix("torch.")
     except DovetailError as error:
         return None, [str(error)]
     except Exception as error:  # noqa: BLE001  the plugin's failure, and the reason to refuse
-        return None, [f"{owner} failed to start: {type(error).__name__}: {error}; choose another --platform."]
+        return None, [f"{owner} names no default dtype: {type(error).__name__}: {error}; set --dtype."]
     if dtype not in supported:
         return None, [
             f"{owner} answers --dtype auto with {dtype}, which its own manifest does not list; "

@@ -93,9 +93,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise RequestError("stop must not contain an empty string; remove it.", param="stop")
         for token, bias in (self.logit_bias or {}).items():
             if not math.isfinite(bias) or not -100.0 <= bias <= 100.0:
-                raise RequestError(f"logit_bias of token {token} is {bias}; it must be in [-100, 100].", param="logit_bias")
+                message = f"logit_bias of token {token} is {bias}; it must be in [-100, 100]."
+                raise RequestError(message, param="logit_bias")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise RequestError("allowed_token_ids is empty; name at least one token or leave it out.", param="allowed_token_ids")
+            message = "allowed_token_ids is empty; name at least one token or leave it out."
+            raise RequestError(message, param="allowed_token_ids")
 
     @property
     def greedy(self) -> bool:

@@ -37,7 +37,7 @@ def chip(available=True, dtype=torch.bfloat16, reason="no such device; plug one 
     return concrete(
         Platform,
         probe=classmethod(lambda cls: Probe(available=available, reason="" if available else reason)),
-        default_dtype=lambda self, checkpoint: dtype,
+        default_dtype=classmethod(lambda cls, checkpoint: dtype),
     )
 
 

@@ -72,7 +72,9 @@ class AttentionBackend(ABC):
     """Attention of one engine. The manifest declares what it supports; the resolver has checked it before."""
 
     @abstractmethod
-    def __init__(self, *, ops: OpTable, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, block_size: int) -> None:
+    def __init__(
+        self, *, ops: OpTable, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, block_size: int
+    ) -> None:
         """Prepare for activations of ``dtype`` and a cache of ``kv_dtype`` with ``block_size`` tokens per block.
 
         Raises:
@@ -96,7 +98,9 @@ class AttentionBackend(ABC):
         ...
 
     @abstractmethod
-    def forward(self, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor, cache: KVCache, metadata: Metadata, spec: AttentionSpec) -> Tensor:
+    def forward(
+        self, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor, cache: KVCache, metadata: Metadata, spec: AttentionSpec
+    ) -> Tensor:
         """Store ``k`` and ``v`` of this step, then attend. Causal within each request.
 
         Returns:

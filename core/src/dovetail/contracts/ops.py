@@ -17,7 +17,7 @@ from dovetail.errors import PluginLoadError
 from dovetail.ops import reference
 
 PackedWeight = Any
-"""Whatever ``linear_pack`` returns. The ``linear`` of the same table reads it, and so does its ``embedding``, if that is
+"""Whatever ``linear_pack`` returns. The ``linear`` of the same table reads it, and so does an ``embedding`` that is
 not the reference: a large table tied to the head is kept in this form only."""
 
 

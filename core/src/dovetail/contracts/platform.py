@@ -52,7 +52,14 @@ class Bucket(NamedTuple):
 
 
 class ShapePolicy(ABC):
-    """Which step sizes exist. The runner pads every step to ``fit`` and warms up ``ladder``."""
+    """Which step sizes exist. The runner pads every step to ``fit`` and warms up ``ladder``.
+
+    Attributes:
+        static: every step of a bucket has the same tensor shapes: block tables have all their columns, and there are
+            ``num_requests × (1 + drafts)`` rows of logits. Otherwise both are as small as the step allows.
+    """
+
+    static: bool
 
     @abstractmethod
     def fit(self, num_tokens: int, num_requests: int) -> Bucket:
@@ -67,6 +74,8 @@ class ShapePolicy(ABC):
 
 class ExactShapes(ShapePolicy):
     """No padding: every step runs at its own size. Warm-up runs the given sizes."""
+
+    static = False
 
     def __init__(self, warm_up: Sequence[Bucket]) -> None:
         self._warm_up = tuple(warm_up)
@@ -83,6 +92,8 @@ class ExactShapes(ShapePolicy):
 class LadderShapes(ShapePolicy):
     """A fixed set of sizes, for graphs and ahead-of-time compilers."""
 
+    static = True
+
     def __init__(self, tokens: Sequence[int], requests: Sequence[int]) -> None:
         self._tokens = tuple(sorted(tokens))
         self._requests = tuple(sorted(requests))
@@ -93,7 +104,8 @@ class LadderShapes(ShapePolicy):
         Raises:
             ValueError: the step exceeds the largest rung.
         """
-        return Bucket(_next_rung(self._tokens, num_tokens), _next_rung(self._requests, num_requests))
+        requests = _next_rung(self._requests, num_requests)
+        return Bucket(_next_rung(self._tokens, max(num_tokens, requests)), requests)
 
     def ladder(self) -> Sequence[Bucket]:
         """Every pair in which no request is empty."""
@@ -109,7 +121,8 @@ def _next_rung(rungs: Sequence[int], size: int) -> int:
 
 
 StepFunction = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-"""Runs the model over one step: ``(StepTensors, metadata per KV group)`` in, hidden states ``[T, D]`` and logits ``[S, V]`` out."""
+"""Runs the model over one step: ``(StepTensors, metadata per KV group)`` in, hidden states ``[T, D]`` and logits
+``[S, V]`` out."""
 
 
 class Platform(ABC):
@@ -141,9 +154,10 @@ class Platform(ABC):
         """Device memory now."""
         ...
 
+    @classmethod
     @abstractmethod
-    def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
-        """The activation dtype for ``--dtype auto``."""
+    def default_dtype(cls, checkpoint_dtype: torch.dtype) -> torch.dtype:
+        """The activation dtype for ``--dtype auto``, among the manifest's. Must not initialise the device."""
         ...
 
     @abstractmethod

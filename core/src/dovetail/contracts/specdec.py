@@ -1,4 +1,7 @@
-"""SpecDecoder: proposes draft tokens. Acceptance lives in the core (``runner/verify.py``): losslessness never depends on a plugin."""
+"""SpecDecoder: proposes draft tokens.
+
+Acceptance lives in the core (``runner/verify.py``): losslessness never depends on a plugin.
+"""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from dovetail.engine.outputs import RequestOutput
 from dovetail.engine.processor import OutputProcessor
 from dovetail.engine.tokenizer import Tokenizer
 from dovetail.errors import EngineDeadError, RequestError
+from dovetail.messages import EngineStats
 from dovetail.options import EngineOptions, parse
 from dovetail.sampling_params import SamplingParams
 
@@ -99,6 +100,10 @@ class LLM:
     def close(self) -> None:
         """Release the device. Idempotent; nothing else may be called afterwards."""
         self._engine.close()
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges of the engine: steps, preemptions, prefix hits, drafts proposed and accepted."""
+        return self._engine.stats()
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer."""

@@ -17,6 +17,7 @@ from dovetail.contracts.executor import KVGroup
 from dovetail.contracts.model import Model
 from dovetail.contracts.platform import Bucket, Platform, ShapePolicy, StepFunction
 from dovetail.contracts.specdec import SpecDecoder, SpecState
+from dovetail.errors import PluginError
 from dovetail.messages import StepPlan, StepResult, TokenLogprobs
 from dovetail.runner.sampler import Sampler
 from dovetail.runner.slots import SlotTables, StepRows
@@ -68,9 +69,7 @@ class ModelRunner:
         self._apply(plan)
         rows = StepRows.of(plan)
         bucket = self._shapes.fit(len(rows.positions_T), len(rows.slots_R))
-        exact = bucket == (len(rows.positions_T), len(rows.slots_R))
-        num_rows = len(rows.logits_rows_S) if exact else bucket.num_requests * (1 + self._num_speculative_tokens)
-        step = self._tables.step_tensors(rows, bucket, num_rows)
+        step = self._tables.step_tensors(rows, bucket, self._num_logits(bucket) if self._shapes.static else None)
         hidden_TD, logits_SV = self._compiled(bucket)(step, self._metadata(step))
         prompt_logprobs = self._score_prompts(plan, rows, hidden_TD)
         sampled = self._sampler.step(plan, logits_SV[: len(rows.logits_rows_S)], self._draft_probs)
@@ -87,7 +86,7 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self, bucket: Bucket) -> None:
         """Compile and run one bucket on padding alone."""
-        step = self._tables.padding_step(bucket, bucket.num_requests * (1 + self._num_speculative_tokens))
+        step = self._tables.padding_step(bucket, self._num_logits(bucket))
         self._compiled(bucket)(step, self._metadata(step))
 
     def _apply(self, plan: StepPlan) -> None:
@@ -103,6 +102,9 @@ class ModelRunner:
             self._limit_S[row.slot] = min(row.prompt_len + limit, self._tables.max_model_len)
             if row.params.prompt_logprobs is not None:
                 self._prompt_logprobs[row.slot] = row.prompt_len
+
+    def _num_logits(self, bucket: Bucket) -> int:
+        return bucket.num_requests * (1 + self._num_speculative_tokens)
 
     def _metadata(self, step: StepTensors) -> list[Metadata]:
         return [self._backend.build_metadata(step, group) for group in range(self._num_groups)]
@@ -141,7 +143,7 @@ class ModelRunner:
 
     def _score_rows(self, slot: int, hidden_TD: Tensor, first: int) -> list[TokenLogprobs]:
         scores: list[TokenLogprobs] = []
-        for chunk in hidden_TD.split(PROMPT_LOGPROBS_CHUNK):
+        for chunk in torch.split(hidden_TD, PROMPT_LOGPROBS_CHUNK):
             start = first + len(scores)
             targets = self._tables.tokens_SL[slot, start : start + len(chunk)]
             scores += self._sampler.prompt_logprobs(slot, self._model.logits(chunk), targets)
@@ -153,9 +155,13 @@ class ModelRunner:
             return drafts
         rows = [i for i, ids in enumerate(token_ids) if ids]
         slots = [plan.slots[i] for i in rows]
-        proposal = self._spec_decoder.propose(self._spec_state(slots))
+        state = self._spec_state(slots)
+        proposal = self._spec_decoder.propose(state)
         self._draft_probs = DraftProbs.of(slots, proposal)
-        for i, ids in zip(rows, proposal.token_ids, strict=True):
+        for i, ids, limit in zip(rows, proposal.token_ids, state.limit, strict=True):
+            if len(ids) > limit:
+                decoder = type(self._spec_decoder).__qualname__
+                raise PluginError(f"{decoder}.propose drafted {len(ids)} tokens where SpecState.limit was {limit}.")
             drafts[i] = ids
         return drafts
 

@@ -55,13 +55,15 @@ class StepRows:
 
 def _logits_rows(plan: StepPlan, query_start_R1: np.ndarray) -> np.ndarray:
     samples = np.array(plan.samples, dtype=bool)
-    ends = query_start_R1[1:][samples]
+    ends: np.ndarray = query_start_R1[1:][samples]
     if not any(plan.drafts):
-        return ends - 1
+        ends -= 1
+        return ends
     counts = np.array([1 + len(d) for d, s in zip(plan.drafts, plan.samples, strict=True) if s], dtype=np.int64)
-    first = np.repeat(ends - counts, counts)
+    first: np.ndarray = np.repeat(ends - counts, counts)
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return first + within
+    first += within
+    return first
 
 
 class SlotTables:
@@ -109,14 +111,18 @@ class SlotTables:
             self._write(slot, int(self.num_tokens_S[slot]), ids)
             self.num_tokens_S[slot] += len(ids)
 
-    def step_tensors(self, rows: StepRows, bucket: Bucket, num_logits: int) -> StepTensors:
-        """Gather one step's tables, padded to the bucket and to ``num_logits`` rows of logits."""
+    def step_tensors(self, rows: StepRows, bucket: Bucket, num_logits: int | None) -> StepTensors:
+        """Gather one step's tables, padded to the bucket.
+
+        Args:
+            num_logits: rows of logits to pad to, for a step of static shapes; None keeps what the step needs.
+        """
         max_seq_len = int(rows.seq_lens_R.max())
         query_len = int((rows.query_start_R1[1:] - rows.query_start_R1[:-1]).max())
         slots_R = self._pad(rows.slots_R, bucket.num_requests)
         slots_T = self._pad(rows.slots_R[rows.request_T], bucket.num_tokens)
         positions_T = self._pad(rows.positions_T, bucket.num_tokens)
-        num_pages = -(-max_seq_len // self._block_size) if bucket.num_requests == len(rows.slots_R) else None
+        num_pages = -(-max_seq_len // self._block_size) if num_logits is None else None
         total = int(rows.query_start_R1[-1])
         return StepTensors(
             token_ids_T=self.tokens_SL[slots_T, positions_T],
@@ -125,7 +131,7 @@ class SlotTables:
             seq_lens_R=self._pad(rows.seq_lens_R, bucket.num_requests).to(torch.int32),
             block_tables=[table[slots_R, :num_pages] for table in self.block_tables],
             slot_mapping=[self._slot_mapping(table, slots_T, positions_T, total) for table in self.block_tables],
-            logits_rows_S=self._pad(rows.logits_rows_S, num_logits),
+            logits_rows_S=self._pad(rows.logits_rows_S, num_logits or len(rows.logits_rows_S)),
             max_query_len=query_len,
             max_seq_len=max_seq_len,
         )

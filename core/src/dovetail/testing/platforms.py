@@ -42,7 +42,8 @@ class ReferencePlatform(Platform):
         """A fixed size, so that tests see the same cache everywhere."""
         return MemoryInfo(total=4 * GIB, available=4 * GIB)
 
-    def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
+    @classmethod
+    def default_dtype(cls, checkpoint_dtype: torch.dtype) -> torch.dtype:
         """Always float32."""
         return torch.float32
 
@@ -60,7 +61,7 @@ class ReferencePlatform(Platform):
 
 
 class LadderPlatform(ReferencePlatform):
-    """Pads every step to a ladder of sizes, as chips with graphs or ahead-of-time compilers need, and checks that it does.
+    """Pads every step to a ladder of sizes, as chips with graphs or ahead-of-time compilers need, and checks it.
 
     Attributes:
         compiled: every bucket that was compiled, in order.
@@ -69,6 +70,7 @@ class LadderPlatform(ReferencePlatform):
     def __init__(self, config: PlatformConfig) -> None:
         super().__init__(config)
         self.compiled: list[Bucket] = []
+        self._shapes: dict[Bucket, Any] = {}
 
     def shape_policy(self, max_tokens: int, max_requests: int) -> ShapePolicy:
         """Powers of two, up to the largest step."""
@@ -78,10 +80,13 @@ class LadderPlatform(ReferencePlatform):
         """Wrap the step so that a wrong shape fails the test; a bucket is compiled once."""
         assert bucket not in self.compiled, f"{bucket} compiled twice"
         self.compiled.append(bucket)
+        shapes = self._shapes
 
         def checked(tensors: Any, metadata: Any) -> Any:
             assert len(tensors.token_ids_T) == bucket.num_tokens, (len(tensors.token_ids_T), bucket)
             assert len(tensors.seq_lens_R) == bucket.num_requests, (len(tensors.seq_lens_R), bucket)
+            shape = (tensors.logits_rows_S.shape, *(table.shape for table in tensors.block_tables))
+            assert shapes.setdefault(bucket, shape) == shape, (shapes[bucket], shape)
             return step(tensors, metadata)
 
         return checked
