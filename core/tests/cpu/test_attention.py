@@ -121,12 +121,12 @@ def check(actual: Tensor, expected: Tensor, dtype: torch.dtype, looser: float = 
 
 SHAPES = [
     SPEC,
-    replace(SPEC, num_heads=4, num_kv_heads=4, head_size=32),
+    replace(SPEC, num_heads=4, num_kv_heads=4, head_size=32, window=50),
     replace(SPEC, num_heads=12, num_kv_heads=4, soft_cap=5.0),
     replace(SPEC, num_heads=8, num_kv_heads=1, head_size=128, window=40),
     replace(SPEC, num_heads=4, num_kv_heads=2, head_size=256, window=7, soft_cap=30.0),
     replace(SPEC, num_heads=2, num_kv_heads=1, head_size=80),
-    replace(SPEC, num_heads=2, num_kv_heads=2, head_size=20, window=1),
+    replace(SPEC, num_heads=2, num_kv_heads=2, head_size=21, window=3),
     replace(SPEC, num_heads=53, num_kv_heads=1, head_size=16),
 ]
 
@@ -214,7 +214,7 @@ def test_page_bytes_count_keys_and_values_of_padded_heads(native: Kernels) -> No
     ("change", "message"),
     [
         ({"device": torch.device("meta")}, "not meta"),
-        ({"dtype": torch.float16, "kv_dtype": torch.float16}, "not in torch.float16"),
+        ({"dtype": torch.float16, "kv_dtype": torch.float16}, "not torch.float16"),
         ({"kv_dtype": torch.bfloat16}, "leave --kv-cache-dtype at auto"),
         ({"block_size": 24}, "--block-size is 24"),
     ],
