@@ -58,14 +58,16 @@ class RaisingProbe(Chip):
         raise OSError("driver 1.2 is too old")
 
 
-class RaisingInit(Chip):
-    def __init__(self, config):
+class Raising(Chip):
+    @classmethod
+    def default_dtype(cls, checkpoint_dtype):
         raise RuntimeError("device is lost")
 
 
 class Refusing(Chip):
-    def __init__(self, config):
-        raise ConfigError(f"--num-threads is {config.num_threads}; this machine has 1.")
+    @classmethod
+    def default_dtype(cls, checkpoint_dtype):
+        raise ConfigError("the driver is too old; update it.")
 
 
 def facts(hf_config):
@@ -302,11 +304,12 @@ def test_auto_dtype_outside_the_manifest_is_refused(make, registries):
     assert "answers --dtype auto with float64, which its own manifest does not list" in reason(make(), registries)
 
 
-def test_platform_that_cannot_start(make, registries):
-    change(registries.platforms, "chip", target="RaisingInit")
-    assert "platform 'chip' failed to start: RuntimeError: device is lost" in reason(make(), registries)
+def test_platform_that_names_no_default_dtype(make, registries):
+    change(registries.platforms, "chip", target="Raising")
+    expected = "platform 'chip' names no default dtype: RuntimeError: device is lost; set --dtype."
+    assert expected in reason(make(), registries)
     change(registries.platforms, "chip", target="Refusing")
-    assert reason(make(num_threads=9), registries) == "--num-threads is 9; this machine has 1."
+    assert reason(make(), registries) == "the driver is too old; update it."
 
 
 # model

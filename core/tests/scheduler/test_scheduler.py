@@ -58,6 +58,17 @@ def test_running_requests_come_before_waiting_ones_within_one_budget():
     assert [entered(plan) for plan in plans] == [["a", "b"], ["c"], []]
 
 
+def test_prompts_that_arrive_together_compute_their_prefix_once():
+    bench = Bench()
+    for i, name in enumerate("abc"):
+        bench.add(name, [*range(9), 90 + i], max_tokens=3)
+    plan = bench.step()
+    assert plan.num_scheduled == [10, 2, 2]
+    assert [row.block_ids[0][:2] for row in plan.new_rows] == [plan.new_rows[0].block_ids[0][:2]] * 3
+    bench.run()
+    assert [bench.finished[name].num_cached_tokens for name in "abc"] == [0, 8, 8]
+
+
 def test_a_new_row_carries_everything_the_runner_must_know():
     bench = Bench(num_blocks=9)
     bench.add("a", [1, 2, 3, 4, 5], seed=7, eos_token_ids=(9,))
@@ -448,8 +459,8 @@ def test_stats_show_running_and_waiting():
         bench.add(name, range(8), max_tokens=4)
     bench.step()
     stats = bench.scheduler.stats()
-    assert (stats.num_running, stats.num_waiting, stats.steps, stats.step_tokens) == (2, 1, 1, 16)
-    assert stats.kv_usage == 0.4
+    assert (stats.num_running, stats.num_waiting, stats.steps, stats.step_tokens) == (2, 1, 1, 12)
+    assert stats.kv_usage == 0.3
 
 
 def test_one_group_per_attention_kind_gets_its_own_table():

@@ -101,7 +101,9 @@ class AttentionBackend(ABC):
     def forward(
         self, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor, cache: KVCache, metadata: Metadata, spec: AttentionSpec
     ) -> Tensor:
-        """Store ``k`` and ``v`` of this step, then attend. Causal within each request.
+        """Store ``k`` and ``v`` of all tokens of this step, then attend. Causal within each request.
+
+        A request may see pages that another request of the same step fills, so nothing may be read before all is stored.
 
         Returns:
             ``[T, H × K]`` in the activation dtype; rows of padding tokens are unspecified but finite.

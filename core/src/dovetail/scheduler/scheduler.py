@@ -188,7 +188,16 @@ class Scheduler:
                     return
             if updates:
                 builder.update_blocks(request.slot, updates)
-            builder.schedule(request, start, count)
+            self._schedule(builder, request, start, count)
+
+    def _schedule(self, builder: PlanBuilder, request: Request, start: int, count: int) -> None:
+        """Plan ``count`` tokens, and offer the pages that they fill to whoever comes later in this very plan.
+
+        A step stores the keys and values of all its tokens before it attends to any, so sixteen prompts that arrive
+        together compute their common prefix once.
+        """
+        builder.schedule(request, start, count)
+        self._cache(request, start + count)
 
     def _make_room(self, request: Request, start: int, count: int, updates: list[TableUpdate]) -> int:
         """Find blocks for ``count`` tokens: give up the request's drafts, then preempt from the tail.
@@ -250,7 +259,7 @@ class Scheduler:
             self._first_admission(request, start)
         insort(self._running, request, key=self._policy.key)
         builder.enter(request)
-        builder.schedule(request, start, count)
+        self._schedule(builder, request, start, count)
         return True
 
     def _first_admission(self, request: Request, num_cached: int) -> None:
@@ -275,14 +284,13 @@ class Scheduler:
         if index in result.errors:
             return self._fail(request, result.errors[index], now)
         if not new:
-            self._cache(request)
             return None
         if drafts := plan.drafts[index]:
             request.num_computed -= len(drafts) + 1 - len(new)
             self._counters.drafts_proposed += len(drafts)
             self._counters.drafts_accepted += len(new) - 1
         delta = self._accept(request, new, result.logprobs[index], now)
-        self._cache(request)
+        self._cache(request, request.num_computed)
         if delta.finish_reason is not None:
             self._finish(request)
         elif proposal := result.drafts[index]:
@@ -302,11 +310,11 @@ class Scheduler:
             times=request.times(now),
         )
 
-    def _cache(self, request: Request) -> None:
-        """Offer pages that became full; tokens after a stop in an accepted run are not the request's."""
-        table = request.table
-        if request.num_computed >= (table.num_cached + 1) * self.kv.block_size:
-            self.kv.cache(table, request.token_ids, min(request.num_computed, len(request.token_ids)))
+    def _cache(self, request: Request, num_computed: int) -> None:
+        """Offer pages that became full with known tokens: not with drafts, nor with what follows a stop."""
+        table, verified = request.table, min(num_computed, len(request.token_ids))
+        if verified >= (table.num_cached + 1) * self.kv.block_size:
+            self.kv.cache(table, request.token_ids, verified)
 
     def _accept(
         self, request: Request, new: list[int], logprobs: list[TokenLogprobs] | None, now: float
