@@ -39,6 +39,7 @@ struct attention {
     const long *first_item;  // of each request, in items of one kv head
     long q_stride, k_stride, v_stride, group, padded, strip_bytes;
     long window;     // 0: everything before
+    int stored;      // the step's keys and values are in their pages
     float scale, soft_cap;  // 0: no cap
 };
 
@@ -246,8 +247,7 @@ static long rows_of(const struct attention *a, long request) {
 
 static void write_item(const void *context, long item) {
     const struct attention *a = context;
-    long request = item / a->cache->kv_heads;
-    if (rows_of(a, request) > BLOCK_ROWS) write_tokens(a, request, item % a->cache->kv_heads);
+    write_tokens(a, item / a->cache->kv_heads, item % a->cache->kv_heads);
 }
 
 static void attend_item(const void *context, long item) {
@@ -262,7 +262,7 @@ static void attend_item(const void *context, long item) {
         else high = middle;
     }
     long first = (index - a->first_item[low]) * BLOCK_ROWS, rows = rows_of(a, low);
-    if (rows <= BLOCK_ROWS) write_tokens(a, low, head);
+    if (!a->stored) write_tokens(a, low, head);
     long count = rows - first < BLOCK_ROWS ? rows - first : BLOCK_ROWS;
     if (a->cache->bf16) attend_block(1, a, low, head, first, count);
     else attend_block(0, a, low, head, first, count);
@@ -281,14 +281,13 @@ int dovetail_attention(const struct step *step, const struct cache *cache, const
         .q_stride = q_stride, .k_stride = k_stride, .v_stride = v_stride, .group = q_heads / cache->kv_heads,
         .padded = padded, .strip_bytes = padded * STRIP * bytes, .window = window, .scale = scale, .soft_cap = soft_cap,
     };
-    int chunks = 0;
     first_item[0] = 0;
-    for (long r = 0; r < step->requests; r++) {
-        long rows = rows_of(&a, r);
-        chunks |= rows > BLOCK_ROWS;
-        first_item[r + 1] = first_item[r] + (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    }
-    if (chunks) parallel_for(step->requests * cache->kv_heads, parallel_threads(), write_item, &a);
+    for (long r = 0; r < step->requests; r++)
+        first_item[r + 1] = first_item[r] + (rows_of(&a, r) + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    // A request may see pages that another one fills in this step: everything is stored before anything is read. A
+    // lone request of one block stores what only that block reads.
+    a.stored = step->requests > 1 || first_item[step->requests] > 1;
+    if (a.stored) parallel_for(step->requests * cache->kv_heads, parallel_threads(), write_item, &a);
     parallel_for(first_item[step->requests] * cache->kv_heads, parallel_threads(), attend_item, &a);
     free(first_item);
     long used = step->query_start[step->requests], row_bytes = q_heads * cache->head_size * bytes;

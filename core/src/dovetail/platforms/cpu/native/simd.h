@@ -38,6 +38,11 @@ INLINE float vec_largest(vec x) { return _mm512_reduce_max_ps(x); }
 INLINE vec vec_load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
 }
+#if defined(__AVX512BF16__)
+INLINE void vec_store_bf16(uint16_t *p, vec x) {  // round to nearest even; NaN stays NaN, denormals become 0
+    _mm256_storeu_si256((void *)p, (__m256i)_mm512_cvtneps_pbh(x));
+}
+#else
 INLINE void vec_store_bf16(uint16_t *p, vec x) {  // round to nearest even; NaN stays NaN
     __m512i u = _mm512_castps_si512(x);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -45,6 +50,7 @@ INLINE void vec_store_bf16(uint16_t *p, vec x) {  // round to nearest even; NaN 
     rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
     _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(rounded));
 }
+#endif
 INLINE vec vec_low_bf16(vec x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 16)); }
 INLINE vec vec_high_bf16(vec x) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32((int)0xffff0000)));
