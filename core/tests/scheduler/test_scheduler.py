@@ -254,6 +254,19 @@ def test_drafts_are_trimmed_to_the_budget():
     assert (plan.num_scheduled, [len(drafts) for drafts in plan.drafts]) == ([3], [2])
 
 
+def test_drafts_of_a_request_that_a_step_leaves_out_are_dropped():
+    """The runner keeps what drafts were drawn from for one step alone; later they would be verified wrongly."""
+    bench = Bench(num_drafts=3, max_num_batched_tokens=4)
+    bench.add("a", [1], max_tokens=20)
+    bench.add("b", [2], max_tokens=20)
+    assert bench.step().slots == [0, 1]
+    assert (plan := bench.step()).slots == [0], "a and its drafts take the whole budget"
+    assert len(plan.drafts[0]) == 3
+    bench.scheduler.abort(["a"])
+    plan = bench.step()
+    assert (plan.slots, plan.drafts) == ([1], [[]])
+
+
 def test_drafts_are_dropped_before_anyone_is_preempted():
     bench = Bench(num_blocks=3, num_drafts=4, max_model_len=9)
     bench.add("a", range(4), max_tokens=4)

@@ -189,6 +189,8 @@ class Scheduler:
             if updates:
                 builder.update_blocks(request.slot, updates)
             self._schedule(builder, request, start, count)
+        for request in self._running[position:]:
+            request.drafts = []  # made for this step: the runner forgets what they were drawn from
 
     def _schedule(self, builder: PlanBuilder, request: Request, start: int, count: int) -> None:
         """Plan ``count`` tokens, and offer the pages that they fill to whoever comes later in this very plan.
