@@ -60,6 +60,8 @@ def test_an_id_may_be_used_again_after_its_request_ended():
         ([1], {"stop_token_ids": (100,)}, "stop_token_ids contains token 100", "stop_token_ids"),
         ([1], {"allowed_token_ids": (5, 100)}, "allowed_token_ids contains token 100", "allowed_token_ids"),
         ([1], {"logit_bias": {-3: 1.0}}, "logit_bias contains token -3", "logit_bias"),
+        ([1], {"max_tokens": None, "min_tokens": 64}, "min_tokens is 64, .* leaves room for 63", "min_tokens"),
+        ([1], {"max_tokens": None, "min_tokens": 2**63 - 1}, "min_tokens is 9223372036854775807", "min_tokens"),
     ],
 )
 def test_requests_that_no_step_could_compute_are_refused(prompt, params, message, param):

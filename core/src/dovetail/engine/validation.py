@@ -34,8 +34,8 @@ def check_prompt(prompt: Sequence[int], params: SamplingParams, vocab_size: int,
     """Check what needs no engine: front ends call this before they send a request.
 
     Raises:
-        ContextLengthError: the prompt leaves no room for output. RequestError: an empty prompt, or a token
-        that the model does not have.
+        ContextLengthError: the prompt leaves no room for output. RequestError: an empty prompt, a token
+        that the model does not have, or more ``min_tokens`` than there is room for.
     """
     if not prompt:
         raise RequestError("The prompt is empty; give at least one token.", param="prompt")
@@ -50,6 +50,13 @@ def check_prompt(prompt: Sequence[int], params: SamplingParams, vocab_size: int,
             f"{len(prompt) + output} tokens ({len(prompt)} in the prompt, {output} for the output). "
             "Shorten the prompt.",
             param="prompt",
+        )
+    room = max_model_len - len(prompt)
+    if params.min_tokens > room:
+        raise RequestError(
+            f"min_tokens is {params.min_tokens}, but a prompt of {len(prompt)} tokens leaves room for {room} in this "
+            f"model's context of {max_model_len}. Lower it, or shorten the prompt.",
+            param="min_tokens",
         )
 
 
