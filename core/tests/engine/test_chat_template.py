@@ -173,6 +173,25 @@ def test_arguments_sent_as_json_text_are_parsed():
     assert "custom" in ChatTemplate("{{ messages[0].tool_calls }}").render([{"role": "a", "tool_calls": ["custom"]}])
 
 
+@pytest.mark.parametrize("arguments", ["{", "[" * 200_000])
+def test_arguments_that_are_no_json_stay_text(arguments):
+    call = {"function": {"name": "f", "arguments": arguments}}
+    template = ChatTemplate("{{ messages[0].tool_calls[0].function.arguments }}")
+    assert template.render([{"role": "assistant", "tool_calls": [call]}]) == arguments
+
+
+@pytest.mark.parametrize("calls", [5, {}, "text"])
+def test_tool_calls_that_are_no_list_are_refused(calls):
+    with pytest.raises(RequestError, match=r"messages\[0\].tool_calls must be a list"):
+        ChatTemplate(TOOLS).render([{"role": "assistant", "tool_calls": calls}])
+
+
+def test_variables_may_have_any_name():
+    variables = {"self": "a", "source": "b", "kwargs": "c"}
+    template = ChatTemplate("{{ source }}{{ kwargs }}")
+    assert template.render([{"role": "user", "content": "x"}], **variables) == "bc"
+
+
 def test_messages_are_not_changed():
     message = {"role": "assistant", "content": "x", "name": None}
     ChatTemplate(PLAIN).render([message], add_generation_prompt=False, continue_final_message=True)

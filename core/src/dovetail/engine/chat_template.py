@@ -50,6 +50,7 @@ class ChatTemplate:
 
     def render(
         self,
+        /,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -90,7 +91,7 @@ class ChatTemplate:
         variables: dict[str, Any] = {**self._variables, "documents": None, **kwargs}
         try:
             return self._template.render(
-                messages=chat, tools=tools, add_generation_prompt=add_generation_prompt, **variables
+                {**variables, "messages": chat, "tools": tools, "add_generation_prompt": add_generation_prompt}
             )
         except Exception as error:
             # A template is a program: besides raise_exception, any operation on the caller's values can fail.
@@ -110,6 +111,8 @@ class ChatTemplate:
                 f"messages[{index}].content is a {kind}; it must be text or a list of parts.", param="messages"
             )
         if "tool_calls" in result:
+            if not isinstance(result["tool_calls"], (list, tuple)):
+                raise RequestError(f"messages[{index}].tool_calls must be a list.", param="messages")
             result["tool_calls"] = [_parsed_call(call) for call in result["tool_calls"]]
         reasoning = next((result[key] for key in _REASONING if key in result), None)
         if reasoning is None:
@@ -159,7 +162,7 @@ def _parsed_call(call: Any) -> Any:
         return call
     try:
         arguments = json.loads(function["arguments"])
-    except ValueError:
+    except (ValueError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
