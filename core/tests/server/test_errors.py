@@ -126,6 +126,9 @@ def test_completions_refuse_with_the_field(server, body, param, stream):
         ({"messages": USER, "chat_template": "{{ 1 }}"}, "chat_template"),
         ({"messages": USER, "audio": {"voice": "x"}}, "audio"),
         ({"messages": USER, "chat_template_kwargs": {"tools": 1}}, "chat_template_kwargs"),
+        ({"messages": [{"role": "assistant", "content": "hi", "tool_calls": 5}]}, "messages"),
+        ({"messages": USER, "min_tokens": 4000}, "min_tokens"),
+        ({"messages": USER, "min_tokens": 2**63 - 1}, "min_tokens"),
         ({"messages": USER, "continue_final_message": True, "add_generation_prompt": 1}, "add_generation_prompt"),
     ],
 )
@@ -203,6 +206,16 @@ def test_what_exceeds_the_cache_is_refused_before_the_stream_begins(start):
         assert error["param"] == "max_tokens"
         assert "KV blocks" in error["message"]
     assert own.complete("k", max_tokens=1)
+
+
+def test_more_prompts_than_may_ever_wait(start):
+    own = start(max_waiting=4)
+    assert own.post(COMPLETIONS, prompt=["k"] * 20, max_tokens=1).status_code == 200
+    assert own.post(COMPLETIONS, prompt="k", max_tokens=1, n=21).status_code == 200
+    for fields in ({"prompt": ["k"] * 21}, {"prompt": ["k"] * 3, "n": 7}):
+        error = error_of(own.post(COMPLETIONS, **fields, max_tokens=1), 400)
+        assert error["param"] == "prompt"
+        assert "20 requests" in error["message"]
 
 
 def test_bodies_over_the_limit(server):

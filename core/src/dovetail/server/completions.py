@@ -35,7 +35,9 @@ async def create_completion(request: Request) -> Response:
 async def _respond(service: Service, body: CompletionBody, response_id: str) -> Response:
     model = service.served(body.model)
     params = _sampling_params(body, model)
-    prompts = [await _encoded(service, body, prompt) for prompt in body.prompts()]
+    given = body.prompts()
+    service.check_batch(len(given), params.n)
+    prompts = [await _encoded(service, body, prompt) for prompt in given]
     for prompt in prompts:
         model.check_context(len(prompt.token_ids), body.max_tokens, "max_tokens" if body.max_tokens else "prompt")
     updates = service.generate(prompts, params, priority=body.priority or 0, cache_salt=body.cache_salt)

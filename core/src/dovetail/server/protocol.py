@@ -54,9 +54,6 @@ _IGNORED = frozenset(
 )
 """Known, and without meaning here."""
 
-_reported: set[str] = set()
-
-
 class RequestBody(BaseModel):
     """What all request bodies share."""
 
@@ -91,8 +88,7 @@ class RequestBody(BaseModel):
         response_format = extra.get("response_format")
         if response_format is not None:
             _check_response_format(response_format)
-        for name in extra.keys() - _UNSUPPORTED.keys() - _IGNORED - {"response_format"} - _reported:
-            _reported.add(name)
+        for name in extra.keys() - _UNSUPPORTED.keys() - _IGNORED - {"response_format"}:
             _logger.debug("Ignoring the unknown request field %r.", name)
 
 

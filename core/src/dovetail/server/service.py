@@ -151,6 +151,20 @@ class Service:
         """Largest request body."""
         return int(self.options.max_body_mb * 1e6)
 
+    def check_batch(self, prompts: int, n: int) -> None:
+        """Refuse more prompts at once than may ever run and wait here.
+
+        Raises:
+            RequestError: there are too many.
+        """
+        most = self.served().config.max_num_seqs + self.options.max_waiting
+        if prompts > 1 and prompts * n > most:
+            raise RequestError(
+                f"{prompts} prompts with {n} completions each are more than the {most} requests that this server runs "
+                "and keeps waiting; send fewer prompts at a time.",
+                param="prompt",
+            )
+
     def truncated(self, token_ids: list[int], keep: int | None, output_tokens: int | None) -> list[int]:
         """The end of a prompt, for ``truncate_prompt_tokens``: ``keep`` tokens, or with -1 what there is room for.
 
