@@ -6,6 +6,7 @@ plugin understands belong to that plugin's own section.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -74,7 +75,7 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{flag(name)} is {value}; it must be at least 1.")
-        if self.kv_cache_memory is not None and not self.kv_cache_memory > 0:
+        if self.kv_cache_memory is not None and not 0 < self.kv_cache_memory < math.inf:
             raise ConfigError(f"--kv-cache-memory is {self.kv_cache_memory}; it must be a positive number of GiB.")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
@@ -110,10 +111,17 @@ class ServerOptions:
         """
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}; it must be in 0..65535.")
-        if not self.max_body_mb > 0:
-            raise ConfigError(f"--max-body-mb is {self.max_body_mb}; it must be positive.")
-        if self.drain_timeout < 0:
-            raise ConfigError(f"--drain-timeout is {self.drain_timeout}; it must not be negative.")
+        if self.api_key is not None and (not self.api_key or self.api_key != self.api_key.strip()):
+            raise ConfigError(
+                "--api-key (or DOVETAIL_API_KEY) is empty or has white space at its ends, and no client could send it. "
+                "Set a key, or leave it out."
+            )
+        if not 0 < self.max_body_mb < math.inf:
+            raise ConfigError(f"--max-body-mb is {self.max_body_mb}; it must be a positive number of MB.")
+        if self.max_waiting < 0:
+            raise ConfigError(f"--max-waiting is {self.max_waiting}; it must not be negative.")
+        if not 0 <= self.drain_timeout < math.inf:
+            raise ConfigError(f"--drain-timeout is {self.drain_timeout}; it must be a number of seconds, 0 or more.")
         for f in fields(self):
             choices = f.metadata["choices"]
             if choices and getattr(self, f.name) not in choices:

@@ -127,6 +127,28 @@ def test_wrong_range_names_the_flag():
         collect("--max-num-seqs", 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("kv-cache-memory", value) for value in ("0", "nan", "inf")),
+        *(("max-body-mb", value) for value in ("0", "nan", "inf")),
+        *(("drain-timeout", value) for value in ("-1", "nan", "inf")),
+        ("max-waiting", "-1"),
+    ],
+)
+def test_numbers_that_cannot_be_honoured(name, value):
+    with pytest.raises(ConfigError, match=f"--{name} is"):
+        collect(f"--{name}", value)
+
+
+@pytest.mark.parametrize("key", ["", " ", "secret\n"])
+def test_an_api_key_that_no_client_could_send_is_refused(key):
+    with pytest.raises(ConfigError, match="DOVETAIL_API_KEY"):
+        collect("--api-key", key)
+    with pytest.raises(ConfigError, match="DOVETAIL_API_KEY"):
+        collect(env={"DOVETAIL_API_KEY": key})
+
+
 @pytest.mark.parametrize(("value", "expected"), [("{", "is not JSON"), ("[1]", "not an object")])
 def test_wrong_json(value, expected):
     with pytest.raises(click.BadParameter, match=expected):
