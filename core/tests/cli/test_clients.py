@@ -21,6 +21,7 @@ class Script:
         self.models = ["toy"]
         self.pieces = ["Once ", "upon", " a time."]
         self.status = 200
+        self.page = None
         self.error_after = None
         self.seconds = 0.0
         self.lock = threading.Lock()
@@ -36,7 +37,8 @@ def server(monkeypatch):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             script.keys.append(self.headers["Authorization"])
-            self.answer(script.status, {"data": [{"id": name} for name in script.models]})
+            listed = {"data": [{"id": name} for name in script.models]}
+            self.answer(script.status, listed if script.page is None else script.page)
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -154,10 +156,19 @@ def test_wrong_key(server, monkeypatch, capsys):
     assert "The server answered 401" in capsys.readouterr().err
 
 
-def test_server_without_a_model(server, monkeypatch, capsys):
+@pytest.mark.parametrize("command", [["chat"], ["bench", "serve"]])
+def test_server_without_a_model(command, server, capsys):
     server.models = []
-    assert talk(server, monkeypatch, []) == 1
+    assert run([*command, "--url", server.url]) == 1
     assert "lists no model; name one with --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", ["<html>", {"data": 5}, [], {}])
+@pytest.mark.parametrize("command", [["chat"], ["bench", "serve"]])
+def test_something_else_answers(command, page, server, capsys):
+    server.page = page
+    assert run([*command, "--url", server.url]) == 1
+    assert f"What answers at {server.url} does not list models" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["chat"], ["bench", "serve"]])

@@ -119,12 +119,7 @@ class Conversation:
             response = self._client.get("/v1/models")
         except httpx.HTTPError as error:
             raise http.unreachable(self._url, error) from error
-        if response.status_code != 200:
-            raise http.refusal(response.status_code, response.text)
-        models = response.json().get("data") or []
-        if not models:
-            raise DovetailError(f"The server at {self._url} lists no model; name one with --model.")
-        return str(models[0]["id"])
+        return http.first_model(response.status_code, response.text, self._url)
 
 
 def _read(console: Console) -> str | None:

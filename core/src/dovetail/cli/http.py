@@ -60,6 +60,25 @@ def unreachable(url: str, error: Exception) -> DovetailError:
     )
 
 
+def first_model(status: int, body: str, url: str) -> str:
+    """The first model that an answer to ``GET /v1/models`` lists.
+
+    Raises:
+        DovetailError: the server refuses, lists none, or is something else.
+    """
+    if status != 200:
+        raise refusal(status, body)
+    try:
+        models = json.loads(body)["data"]
+        return str(models[0]["id"])
+    except IndexError:
+        raise DovetailError(f"The server at {url} lists no model; name one with --model.") from None
+    except (ValueError, KeyError, TypeError):
+        raise DovetailError(
+            f"What answers at {url} does not list models as an OpenAI-compatible server does; check --url."
+        ) from None
+
+
 def headers(api_key: str | None) -> dict[str, str]:
     """The authorization header, if there is a key."""
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}

@@ -164,9 +164,7 @@ async def _first_model(client: httpx.AsyncClient, url: str) -> str:
         response = await client.get("/v1/models")
     except httpx.HTTPError as error:
         raise http.unreachable(url, error) from error
-    if response.status_code != 200:
-        raise http.refusal(response.status_code, response.text)
-    return str(response.json()["data"][0]["id"])
+    return http.first_model(response.status_code, response.text, url)
 
 
 async def _request(
