@@ -103,7 +103,7 @@ class AttentionBackend(ABC):
     ) -> Tensor:
         """Store ``k`` and ``v`` of all tokens of this step, then attend. Causal within each request.
 
-        A request may see pages that another request of the same step fills, so nothing may be read before all is stored.
+        A request may see pages that another request of the same step fills, so nothing is read before all is stored.
 
         Returns:
             ``[T, H × K]`` in the activation dtype; rows of padding tokens are unspecified but finite.
