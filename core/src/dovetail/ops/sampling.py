@@ -63,6 +63,20 @@ class SamplingTensors:
         return (self.top_k_S > 0) | (self.top_p_S < 1) | (self.min_p_S > 0)
 
 
+_NOTHING = torch.empty(0)
+ALL_GREEDY = SamplingTensors(
+    temperature_S=_NOTHING,
+    top_k_S=_NOTHING,
+    top_p_S=_NOTHING,
+    min_p_S=_NOTHING,
+    seeds_S=_NOTHING,
+    positions_S=_NOTHING,
+    all_greedy=True,
+    any_filter=False,
+)
+"""Parameters of any number of greedy rows: nothing else is read."""
+
+
 def sample_tokens(logits_SV: Tensor, params: SamplingTensors) -> Tensor:
     """See :func:`dovetail.ops.reference.sample`."""
     if params.all_greedy:

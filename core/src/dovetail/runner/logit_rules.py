@@ -32,11 +32,15 @@ class LogitRules:
         params, slot = row.params, row.slot
         bias = params.logit_bias or {}
         self._bias.put(slot, list(bias), list(bias.values()))
-        self._allowed.put(slot, params.allowed_token_ids or ())
+        self._allowed.put(slot, sorted({*(params.allowed_token_ids or ())}))
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else row.eos_token_ids)}
         self._stops.put(slot, sorted(stops) if params.min_tokens else ())
         self._stops_until[slot] = row.prompt_len + params.min_tokens
         self._penalties.enter(row)
+
+    def any_for(self, slot: int) -> bool:
+        """Whether a rule may ever change the slot's logits."""
+        return any(rule.used[slot] for rule in (self._bias, self._allowed, self._stops, self._penalties))
 
     def apply(self, logits_SV: Tensor, rows: SampleRows) -> Tensor:
         """The logits with every rule applied: the input itself if no row has one, else a float32 copy."""

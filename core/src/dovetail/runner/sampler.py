@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dovetail.contracts.ops import OpTable
 from dovetail.messages import NewRow, StepPlan, TokenLogprobs
+from dovetail.ops.sampling import ALL_GREEDY
 from dovetail.runner.logit_rules import LogitRules
 from dovetail.runner.logprobs import token_logprobs
 from dovetail.runner.sample_rows import NO_TOKEN, SampleRows
@@ -49,6 +50,7 @@ class Sampler:
         self._ops = ops
         self._table = SamplingTable(max_num_seqs, vocab_size, device)
         self._rules = LogitRules(max_num_seqs, vocab_size, device)
+        self._plain = np.zeros(max_num_seqs, dtype=bool)
         self._num_logprobs = np.full(max_num_seqs, NOT_ASKED)
         self._num_prompt_logprobs = np.full(max_num_seqs, NOT_ASKED)
 
@@ -57,6 +59,7 @@ class Sampler:
         self._table.enter(row)
         self._rules.enter(row)
         asked, prompt_asked = row.params.logprobs, row.params.prompt_logprobs
+        self._plain[row.slot] = asked is None and self._table.is_greedy(row.slot) and not self._rules.any_for(row.slot)
         self._num_logprobs[row.slot] = NOT_ASKED if asked is None else asked
         self._num_prompt_logprobs[row.slot] = NOT_ASKED if prompt_asked is None else prompt_asked
 
@@ -69,6 +72,10 @@ class Sampler:
                 samples.
             draft_probs: what the plan's drafts were drawn from; None if they are deterministic.
         """
+        if self._plain[plan.slots].all() and not any(plan.drafts):
+            sampled = self._largest(plan, logits_SV)
+            if sampled is not None:
+                return sampled
         rows = SampleRows.of(plan)
         sampled = SampledStep([[] for _ in plan.slots], [None] * len(plan.slots))
         if not rows.columns:
@@ -80,6 +87,18 @@ class Sampler:
         self._rules.observe(rows.slots_R.tolist(), token_ids)
         self._report(rows, logits_SV, sampled)
         return sampled
+
+    def _largest(self, plan: StepPlan, logits_SV: Tensor) -> SampledStep | None:
+        """The short way for requests that just take the largest logit; None if one of those is not finite.
+
+        Right after a step the caches hold weights, not this code: every operation left out here counts.
+        """
+        tokens_S = self._ops.sample(logits_SV, ALL_GREEDY)
+        if not logits_SV.gather(1, tokens_S.unsqueeze(1)).isfinite().all():
+            return None
+        tokens = iter(tokens_S.tolist())
+        token_ids = [[next(tokens)] if samples else [] for samples in plan.samples]
+        return SampledStep(token_ids, [None] * len(token_ids))
 
     def prompt_logprobs(self, slot: int, logits_SV: Tensor, targets_S: Tensor) -> list[TokenLogprobs]:
         """Log-probabilities of prompt tokens, given the logits that predict them."""

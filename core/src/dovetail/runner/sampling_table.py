@@ -36,6 +36,10 @@ class SamplingTable:
         self._greedy[slot] = greedy
         self._filtered[slot] = not greedy and (top_k > 0 or params.top_p < 1 or params.min_p > 0)
 
+    def is_greedy(self, slot: int) -> bool:
+        """Whether the slot's request takes the most likely token."""
+        return bool(self._greedy[slot])
+
     def gather(self, rows: SampleRows) -> SamplingTensors:
         """The parameters of a step's rows."""
         slots_S = torch.from_numpy(rows.slots_S).to(self._device)

@@ -38,6 +38,9 @@ class StepRows:
         """Expand the plan's columns; vectorised over requests."""
         slots_R = np.array(plan.slots, dtype=np.int64)
         computed_R = np.array(plan.num_computed, dtype=np.int64)
+        if plan.num_scheduled == [1] * len(slots_R):  # decoding: most steps, and the shortest
+            each_R1 = np.arange(len(slots_R) + 1)
+            return cls(slots_R, computed_R, each_R1[:-1], each_R1, computed_R + 1, np.flatnonzero(plan.samples))
         scheduled_R = np.array(plan.num_scheduled, dtype=np.int64)
         query_start_R1 = np.zeros(len(slots_R) + 1, dtype=np.int64)
         np.cumsum(scheduled_R, out=query_start_R1[1:])
