@@ -318,6 +318,12 @@ def test_tables_grow_for_longer_lists_without_harming_earlier_ones(make):
     assert sampled.token_ids == [[i] for i in range(8)]
 
 
+def test_repeated_tokens_take_no_memory(make):
+    sampler = make.sampler(V, make.row(0, SamplingParams(temperature=0, allowed_token_ids=(3, 2) * 100_000)))
+    assert sampler._rules._allowed._ids.shape[1] <= V
+    assert sampler.step(make.plan([0], [3]), torch.arange(V, dtype=torch.float32)[None]).token_ids == [[3]]
+
+
 # --- requests that do not sample, and requests that cannot ---
 
 
