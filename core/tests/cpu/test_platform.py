@@ -11,7 +11,7 @@ from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Bucket, PlatformConfig
 from dovetail.errors import ConfigError
 from dovetail.platforms.cpu import kernels, machine
-from dovetail.platforms.cpu.pages import HUGE_PAGE, Arena, zeroed
+from dovetail.platforms.cpu.pages import HUGE_PAGE, SMALL, Arena, Scratch, zeroed
 from dovetail.platforms.cpu.platform import CpuPlatform
 
 
@@ -166,3 +166,35 @@ def test_the_arena_keeps_its_tensors_apart() -> None:
         tensor.fill_(i)
     assert all(bool((tensor == i).all()) for i, tensor in enumerate(taken))
     assert [len(tensor) for tensor in taken] == [100, 64, 1, 40 << 20, 3]
+
+
+def test_scratch_memory_is_used_again_only_when_no_tensor_shows_it() -> None:
+    scratch = Scratch()
+    first = scratch.empty((SMALL, 3), torch.float32)
+    address = first.data_ptr()
+    view = first[5:9, 1]
+    del first
+    second = scratch.empty((SMALL, 3), torch.float32)
+    assert second.data_ptr() != address
+    view.fill_(7)
+    second.fill_(1)
+    assert view.tolist() == [7, 7, 7, 7]
+    del view
+    third = scratch.empty((SMALL - 5, 6), torch.bfloat16)  # about as many bytes
+    assert third.data_ptr() == address
+    assert third.shape == (SMALL - 5, 6)
+    assert third.dtype == torch.bfloat16
+
+
+def test_small_scratch_is_the_c_librarys() -> None:
+    scratch = Scratch()
+    assert scratch.empty((3, 5), torch.bfloat16).shape == (3, 5)
+    assert not scratch._free
+
+
+def test_scratch_may_outlive_its_owner() -> None:
+    scratch = Scratch()
+    tensor = scratch.empty((SMALL,), torch.float32)
+    del scratch
+    tensor.fill_(1)
+    del tensor

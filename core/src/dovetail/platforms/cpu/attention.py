@@ -12,7 +12,7 @@ from dovetail.contracts.attention import AttentionBackend, AttentionSpec, StepTe
 from dovetail.contracts.ops import OpTable
 from dovetail.errors import ConfigError
 from dovetail.platforms.cpu import kernels
-from dovetail.platforms.cpu.ops import NATIVE_DTYPES, heads_side_by_side
+from dovetail.platforms.cpu.ops import MANY_ROWS, NATIVE_DTYPES, SCRATCH, heads_side_by_side
 from dovetail.platforms.cpu.pages import zeroed
 
 STRIP = 16
@@ -147,7 +147,8 @@ class CpuAttention(AttentionBackend):
         q, k, v = heads_side_by_side(q_THK), heads_side_by_side(k_TNK), heads_side_by_side(v_TNK)
         assert q.dtype is k.dtype is v.dtype is self._dtype, (q.dtype, k.dtype, v.dtype)
         tokens, heads, head_size = q.shape
-        out = q.new_empty((tokens, heads * head_size))
+        shape = (tokens, heads * head_size)
+        out = q.new_empty(shape) if tokens < MANY_ROWS else SCRATCH.empty(shape, self._dtype)
         failed = self._attend(
             metadata.address, cache.describe(spec, self._block_size, self._bf16),
             q.data_ptr(), q.stride(0), heads, k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(),

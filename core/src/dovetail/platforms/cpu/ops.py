@@ -16,9 +16,14 @@ from torch import Tensor
 from dovetail.ops import reference
 from dovetail.ops.sampling import SamplingTensors
 from dovetail.platforms.cpu.kernels import Kernels
-from dovetail.platforms.cpu.pages import Arena
+from dovetail.platforms.cpu.pages import Arena, Scratch
 
 NATIVE_DTYPES = (torch.bfloat16, torch.float32)
+SCRATCH = Scratch()
+MANY_ROWS = 64
+"""Tokens from which results may be large enough to come from ``SCRATCH``."""
+MANY_OUTPUTS = 16384
+"""The same for the outputs of a linear layer, whatever the number of tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +78,9 @@ class CpuOps:
         if x_TD.dtype is not self._dtype or weight_D.dtype is not self._dtype:
             return reference.rms_norm(x_TD, weight_D, eps)
         x = x_TD.contiguous()
-        out = torch.empty_like(x)
         size = x.shape[-1]
         rows = x.numel() // size
+        out = torch.empty_like(x) if rows < MANY_ROWS else SCRATCH.empty(x.shape, x.dtype)
         self._norm(
             self._bf16, x.data_ptr(), size, None, weight_D.data_ptr(), out.data_ptr(), None, rows, size, eps
         )
@@ -87,9 +92,12 @@ class CpuOps:
         if x_TD.dtype is not dtype or residual_TD.dtype is not dtype or weight_D.dtype is not dtype:
             return reference.add_rms_norm(x_TD, residual_TD, weight_D, eps)
         x, residual = x_TD.contiguous(), residual_TD.contiguous()
-        out, total = torch.empty_like(x), torch.empty_like(x)
         size = x.shape[-1]
         rows = x.numel() // size
+        if rows < MANY_ROWS:
+            out, total = torch.empty_like(x), torch.empty_like(x)
+        else:
+            out, total = SCRATCH.empty(x.shape, dtype), SCRATCH.empty(x.shape, dtype)
         self._norm(
             self._bf16, x.data_ptr(), size, residual.data_ptr(), weight_D.data_ptr(), out.data_ptr(), total.data_ptr(),
             rows, size, eps,
@@ -115,9 +123,12 @@ class CpuOps:
         if x_T2F.dtype is not self._dtype:
             return reference.silu_and_mul(x_T2F)
         x = x_T2F.contiguous()
-        size = x.shape[-1] // 2
-        out = x.new_empty((*x.shape[:-1], size))
-        self._silu(self._bf16, x.data_ptr(), out.data_ptr(), out.numel() // size, size)
+        *rows_shape, double = x.shape
+        size = double // 2
+        rows = x.numel() // double
+        shape = (*rows_shape, size)
+        out = x.new_empty(shape) if rows < MANY_ROWS else SCRATCH.empty(shape, x.dtype)
+        self._silu(self._bf16, x.data_ptr(), out.data_ptr(), rows, size)
         return out
 
     def linear_pack(self, weight_OI: Tensor) -> PackedLinear | Tensor:
@@ -139,7 +150,9 @@ class CpuOps:
         assert x_TI.dtype is packed.dtype, (x_TI.dtype, packed.dtype)
         assert inputs == packed.inputs, (inputs, packed.inputs)
         x = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
-        out = x.new_empty((rows, packed.outputs))
+        shape = (rows, packed.outputs)
+        small = rows < MANY_ROWS and packed.outputs < MANY_OUTPUTS
+        out = x.new_empty(shape) if small else SCRATCH.empty(shape, x.dtype)
         self._linear(
             packed.bf16, x.data_ptr(), x.stride(0), packed.address, None if bias_O is None else bias_O.data_ptr(),
             out.data_ptr(), rows, inputs, packed.outputs,
