@@ -235,6 +235,13 @@ def test_sharded_folder(tmp_path: Path) -> None:
             load_weights(Tiny({}, context()), tmp_path, Progress())
 
 
+@pytest.mark.parametrize("name", ["../other.safetensors", "a/../../other.safetensors", "/other.safetensors"])
+def test_index_that_names_files_elsewhere(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"head.weight": name}}))
+    with pytest.raises(ModelLoadError, match=r"outside of its folder: .*other"):
+        load_weights(Tiny({}, context()), tmp_path, Progress())
+
+
 def test_missing_tensors_are_named(tmp_path: Path) -> None:
     stored = tensors()
     for name in ("k.weight", "q.bias", "scale.weight"):

@@ -66,16 +66,20 @@ def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder.
 
     Raises:
-        ModelLoadError: there are none, or the index is unreadable.
+        ModelLoadError: there are none, or the index is unreadable or names files elsewhere.
     """
     index = path / INDEX
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return [path / name for name in names]
+            files = [path / name for name in names]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ModelLoadError(f"{index} is unreadable ({reason}). Download it again.") from error
+        strays = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+        if strays:
+            raise ModelLoadError(f"{index} names files outside of its folder: {_listed(strays)}. Do not trust it.")
+        return files
     if (path / SINGLE).exists():
         return [path / SINGLE]
     found = ", ".join(sorted(file.name for file in path.glob("*"))[:SHOWN])
