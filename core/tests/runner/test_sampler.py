@@ -280,6 +280,13 @@ def test_min_tokens_leaves_ignored_eos_alone(make):
     assert ruled(torch.zeros(1, V), make.row(0, params, eos=(0,))).isfinite().all()
 
 
+def test_min_tokens_passes_over_an_end_of_sequence_that_the_model_lacks(make):
+    row = make.row(0, SamplingParams(temperature=0, min_tokens=5), eos=(-1, 3, V, V + 100))
+    logits = torch.zeros(1, V)
+    logits[0, 3] = logits[0, V - 1] = 1.0
+    assert make.sampler(V, row).step(make.plan([0], [3]), logits).token_ids == [[V - 1]]
+
+
 def test_a_slot_carries_nothing_over_to_its_next_request(make):
     rules = {"logit_bias": {9: 50.0}, "allowed_token_ids": (8, 9), "min_tokens": 9, "stop_token_ids": (4,)}
     heavy = SamplingParams(temperature=0, presence_penalty=2.0, **rules)

@@ -21,6 +21,7 @@ class LogitRules:
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
         self._device = device
+        self._vocab_size = vocab_size
         self._bias = _TokenTable(max_num_seqs, device)
         self._allowed = _TokenTable(max_num_seqs, device)
         self._stops = _TokenTable(max_num_seqs, device)
@@ -34,7 +35,9 @@ class LogitRules:
         self._bias.put(slot, list(bias), list(bias.values()))
         self._allowed.put(slot, sorted({*(params.allowed_token_ids or ())}))
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else row.eos_token_ids)}
-        self._stops.put(slot, sorted(stops) if params.min_tokens else ())
+        # Some checkpoints name an end-of-sequence token that their output head does not have.
+        maskable = sorted(token for token in stops if 0 <= token < self._vocab_size)
+        self._stops.put(slot, maskable if params.min_tokens else ())
         self._stops_until[slot] = row.prompt_len + params.min_tokens
         self._penalties.enter(row)
 
