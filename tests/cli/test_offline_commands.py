@@ -36,6 +36,13 @@ def test_generate_streams_one_prompt(plain, capsys):
     assert text
 
 
+def test_generate_from_a_file_that_is_no_text(capsys, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xff\xfe\x00")
+    assert run(["generate", "--file", str(file)]) == 2
+    assert f"--file {file} cannot be read as text" in capsys.readouterr().err
+
+
 def test_generate_json_from_file_and_flags(plain, capsys, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("The old king\n\nA fox\n")

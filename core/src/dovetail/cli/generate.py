@@ -69,7 +69,11 @@ def generate(
 def _prompts(given: tuple[str, ...], file: Path | None) -> list[str]:
     texts = list(given)
     if file is not None:
-        texts += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            content = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--file {file} cannot be read as text: {error}.") from error
+        texts += [line for line in content.splitlines() if line.strip()]
     if not texts and not sys.stdin.isatty():
         texts = [sys.stdin.read().rstrip("\n")]
     if not any(texts):
