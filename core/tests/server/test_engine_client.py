@@ -52,6 +52,15 @@ async def until(condition, seconds=5):
             await asyncio.sleep(0.01)
 
 
+async def test_a_folder_too_deep_for_sockets_is_refused(tmp_path, monkeypatch):
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    with pytest.raises(ConfigError, match="too long for the engine's sockets; set TMPDIR"):
+        await EngineClient("fake_engine:build").launch()
+    assert not list(deep.iterdir())
+
+
 async def test_start_reports_progress_and_what_runs(launch):
     seen = []
 

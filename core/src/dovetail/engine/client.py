@@ -98,7 +98,14 @@ class EngineClient:
         return len(self._streams)
 
     async def launch(self) -> None:
-        """Start the process, which begins its heavy imports at once."""
+        """Start the process, which begins its heavy imports at once.
+
+        Raises:
+            ConfigError: the folder for temporary files has too long a path for sockets.
+        """
+        root = Path(tempfile.gettempdir())
+        if len(bytes(root / "dovetail-12345678" / "commands")) > zmq.IPC_PATH_MAX_LEN:
+            raise ConfigError(f"The path {root} is too long for the engine's sockets; set TMPDIR to a shorter one.")
         self._folder = Path(tempfile.mkdtemp(prefix="dovetail-"))
         context = zmq.Context()
         self._context = context
