@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dovetail.hookspecs import hookimpl
-
 if TYPE_CHECKING:
     from dovetail.engine.llm import LLM
     from dovetail.engine.outputs import CompletionOutput, RequestOutput
+    from dovetail.hookspecs import hookimpl
     from dovetail.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__", "hookimpl"]
 
 _LAZY = {
+    "hookimpl": "dovetail.hookspecs",
     "LLM": "dovetail.engine.llm",
     "CompletionOutput": "dovetail.engine.outputs",
     "RequestOutput": "dovetail.engine.outputs",
