@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import subprocess
 import sys
 
@@ -12,32 +11,9 @@ from rich.console import Console
 
 from dovetail.contracts.executor import ExecutorInfo, KVGroup
 from dovetail.engine.process import Ready
-from dovetail.server.console import StartupProgress, print_configuration
+from dovetail.server.console import print_configuration
 from dovetail.server.service import ServedModel
 from dovetail.testing import engine_config
-
-
-def test_bars_on_a_terminal():
-    stream = io.StringIO()
-    with StartupProgress.shown(Console(file=stream, force_terminal=True, width=100)) as progress:
-        progress.update("load", 1, 2)
-        progress.update("load", 2, 2)
-        progress.update("warm-up", 3, 3)
-    text = stream.getvalue()
-    assert "Loading weights" in text
-    assert "2/2" in text
-    assert "Warming up" in text
-
-
-def test_lines_in_a_log(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("dovetail"), "propagate", True)
-    caplog.set_level(logging.INFO, "dovetail")
-    stream = io.StringIO()
-    with StartupProgress.shown(Console(file=stream)) as progress:
-        progress.update("load", 1, 2)
-        progress.update("load", 2, 2)
-    assert caplog.messages == ["Loading weights: done."]
-    assert stream.getvalue() == ""
 
 
 @pytest.mark.parametrize("defaults", [{}, {"temperature": 0.5}])

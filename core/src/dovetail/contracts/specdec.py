@@ -78,7 +78,8 @@ class SpecDecoder(ABC):
 
     @abstractmethod
     def propose(self, state: SpecState) -> Drafts:
-        """Draft for the given requests. Any proposal is safe: verification keeps the output exact."""
+        """Draft for the given requests, at least one. Any proposal within ``limit`` and the vocabulary is safe:
+        verification keeps the output exact."""
         ...
 
     @abstractmethod

@@ -17,12 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dovetail import checkpoint
 from dovetail.config import EngineConfig
 from dovetail.contracts.executor import Executor
-from dovetail.contracts.executor import Progress as LoadProgress
 from dovetail.engine.chat_template import Message
 from dovetail.engine.engine import Engine
 from dovetail.engine.generation_config import recommended_params
 from dovetail.engine.outputs import RequestOutput
 from dovetail.engine.processor import OutputProcessor
+from dovetail.engine.startup_progress import StartupProgress
 from dovetail.engine.tokenizer import Tokenizer
 from dovetail.errors import EngineDeadError, RequestError
 from dovetail.messages import EngineStats
@@ -84,7 +84,9 @@ class LLM:
         self._failure: BaseException | None = None
         executor = (executor_factory or _local_executor)(config)
         try:
-            self._engine = Engine(config, executor, executor.load(LoadProgress()))
+            with StartupProgress.shown(Console(stderr=True)) as progress:
+                info = executor.load(progress)
+            self._engine = Engine(config, executor, info)
         except BaseException:
             executor.close()
             raise

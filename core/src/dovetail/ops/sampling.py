@@ -33,7 +33,7 @@ class SamplingTensors:
         top_p_S, min_p_S: float32; 1 and 0 keep all.
         seeds_S: int64.
         positions_S: int64 index, in its request, of the token to choose.
-        all_greedy: known on the host: every temperature is 0.
+        all_greedy: known on the host: every temperature is 0. The tensors may then be empty; nothing reads them.
         any_filter: known on the host: a row that is not greedy has a top-k, top-p or min-p that may drop
             tokens.
     """

@@ -64,6 +64,7 @@ class LocalExecutor(Executor):
             shapes=shapes,
             spec_decoder=self._spec_decoder(platform.device),
             num_speculative_tokens=config.num_speculative_tokens,
+            vocab_size=config.vocab_size,
         )
         loaded = time.perf_counter()
         ladder = shapes.ladder()

@@ -44,6 +44,7 @@ class ModelRunner:
         shapes: ShapePolicy,
         spec_decoder: SpecDecoder | None,
         num_speculative_tokens: int,
+        vocab_size: int,
     ) -> None:
         self._platform = platform
         self._model = model
@@ -57,6 +58,7 @@ class ModelRunner:
         self._shapes = shapes
         self._spec_decoder = spec_decoder
         self._num_speculative_tokens = num_speculative_tokens
+        self._vocab_size = vocab_size
         self._steps: dict[Bucket, StepFunction] = {}
         self._prompt_logprobs: dict[int, int] = {}
         self._temperature_S = torch.zeros(tables.max_num_seqs)
@@ -154,16 +156,24 @@ class ModelRunner:
         if self._spec_decoder is None:
             return drafts
         rows = [i for i, ids in enumerate(token_ids) if ids]
+        if not rows:
+            return drafts
         slots = [plan.slots[i] for i in rows]
         state = self._spec_state(slots)
         proposal = self._spec_decoder.propose(state)
         self._draft_probs = DraftProbs.of(slots, proposal)
         for i, ids, limit in zip(rows, proposal.token_ids, state.limit, strict=True):
-            if len(ids) > limit:
-                decoder = type(self._spec_decoder).__qualname__
-                raise PluginError(f"{decoder}.propose drafted {len(ids)} tokens where SpecState.limit was {limit}.")
+            self._check_drafts(ids, limit)
             drafts[i] = ids
         return drafts
+
+    def _check_drafts(self, ids: Sequence[int], limit: int) -> None:
+        decoder = type(self._spec_decoder).__qualname__
+        if len(ids) > limit:
+            raise PluginError(f"{decoder}.propose drafted {len(ids)} tokens where SpecState.limit was {limit}.")
+        foreign = [token for token in ids if not 0 <= token < self._vocab_size]
+        if foreign:
+            raise PluginError(f"{decoder}.propose drafted {foreign}, outside the vocabulary of {self._vocab_size}.")
 
     def _spec_state(self, slots: Sequence[int]) -> SpecState:
         num_tokens_S = self._tables.num_tokens_S

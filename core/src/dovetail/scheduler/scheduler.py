@@ -176,7 +176,8 @@ class Scheduler:
             request = self._running[position]
             position += 1
             start = request.num_computed + request.in_flight
-            count = min(len(request.token_ids) + len(request.drafts) - start, builder.budget)
+            later = len(self._running) - position  # each keeps a token, lest drafts or a long prompt starve them
+            count = min(len(request.token_ids) + len(request.drafts) - start, max(1, builder.budget - later))
             if count <= 0:
                 continue
             table, updates = request.table, []
@@ -189,8 +190,6 @@ class Scheduler:
             if updates:
                 builder.update_blocks(request.slot, updates)
             self._schedule(builder, request, start, count)
-        for request in self._running[position:]:
-            request.drafts = []  # made for this step: the runner forgets what they were drawn from
 
     def _schedule(self, builder: PlanBuilder, request: Request, start: int, count: int) -> None:
         """Plan ``count`` tokens, and offer the pages that they fill to whoever comes later in this very plan.

@@ -19,12 +19,13 @@ from rich.console import Console
 from dovetail import checkpoint
 from dovetail.engine.client import LOCAL, EngineClient
 from dovetail.engine.generation_config import recommended_params
+from dovetail.engine.startup_progress import StartupProgress
 from dovetail.engine.tokenizer import Tokenizer
 from dovetail.errors import ConfigError
 from dovetail.options import EngineOptions, ServerOptions
 from dovetail.plugins.host import PluginHost
 from dovetail.server.app import create_app
-from dovetail.server.console import StartupProgress, print_configuration
+from dovetail.server.console import print_configuration
 from dovetail.server.metrics import Metrics
 from dovetail.server.service import Phase, ServedModel, Service
 
