@@ -425,6 +425,16 @@ def test_a_request_that_the_executor_gives_up_ends_alone():
     assert bench.scheduler.kv.pool.usage == 0
 
 
+def test_pages_of_a_request_that_failed_are_not_found_again():
+    bench = Bench()
+    bench.add("a", range(9), max_tokens=3)
+    plan = bench.scheduler.plan()
+    result = msgspec.structs.replace(bench.executor.run(plan), token_ids=[[]], errors={0: "its logits are NaN"})
+    bench.scheduler.commit(plan, result)
+    bench.add("b", range(9), max_tokens=3)
+    assert bench.step().num_scheduled == [9]
+
+
 def test_prompt_logprobs_are_collected_over_chunks_and_skip_the_cache():
     bench = Bench(max_num_batched_tokens=4)
     bench.add("a", range(10), max_tokens=1)

@@ -127,6 +127,12 @@ class KVCacheManager:
                     self.pool.register(ids[page], (group, table.hashes[page]))
         table.num_cached = end
 
+    def forget(self, table: BlockTable) -> None:
+        """Let nobody find this request's pages any more: what they hold is not sound."""
+        for ids in table.blocks:
+            for block in ids:
+                self.pool.forget(block)
+
     def release(self, table: BlockTable) -> None:
         """Take every block back, tails first, so that prefixes outlive what follows them."""
         for ids in table.blocks:

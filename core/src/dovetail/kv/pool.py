@@ -79,6 +79,13 @@ class BlockPool:
             self._keys[block] = key
             self._block_of[key] = block
 
+    def forget(self, block: int) -> None:
+        """Make a block's content unfindable; who holds it keeps it."""
+        key = self._keys[block]
+        if key is not None:
+            del self._block_of[key]
+            self._keys[block] = None
+
     def key_of(self, block: int) -> BlockKey | None:
         """The content that this block is findable by."""
         return self._keys[block]
@@ -97,10 +104,7 @@ class BlockPool:
         self._unlink(block)
         self.num_free -= 1
         self._refs[block] = 1
-        key = self._keys[block]
-        if key is not None:
-            self._keys[block] = None
-            del self._block_of[key]
+        self.forget(block)
         return block
 
     def _unlink(self, block: int) -> None:

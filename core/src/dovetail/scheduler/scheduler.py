@@ -299,7 +299,8 @@ class Scheduler:
         return delta
 
     def _fail(self, request: Request, error: str, now: float) -> RequestOutputDelta:
-        """End a request that cannot go on."""
+        """End a request that cannot go on. Its pages may hold the cause, so nobody else may build on them."""
+        self.kv.forget(request.table)
         self._finish(request)
         return RequestOutputDelta(
             request_id=request.request_id,
