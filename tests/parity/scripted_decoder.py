@@ -34,3 +34,19 @@ class ScriptedDecoder(SpecDecoder):
 
     def _spoil(self, position: int, token: int) -> int:
         return (token + 1) % self._vocab_size if position % 3 == 0 else token
+
+
+class CarelessDecoder(ScriptedDecoder):
+    """Drafts what the contract forbids."""
+
+    def propose(self, state: SpecState) -> Drafts:
+        """A token beyond the vocabulary, for everyone."""
+        return Drafts(token_ids=[[self._vocab_size] for _ in state.slots])
+
+
+class EagerDecoder(ScriptedDecoder):
+    """Drafts more than it may."""
+
+    def propose(self, state: SpecState) -> Drafts:
+        """One token above the limit."""
+        return Drafts(token_ids=[[0] * (limit + 1) for limit in state.limit])

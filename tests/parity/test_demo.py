@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dovetail.engine.engine import Engine
+from dovetail.errors import PluginError
 from dovetail.testing.engines import engine_request, run_until_idle
 
 COUNT = 20
@@ -85,6 +86,24 @@ def test_drafts_never_change_greedy_tokens(make_engine, demo_model: Path, expect
     assert 0 < stats.drafts_accepted < stats.drafts_proposed
     assert stats.steps < COUNT, "accepted drafts save steps"
     sys.modules.pop("scripted_decoder")
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        ("CarelessDecoder", r"CarelessDecoder.propose drafted \[8192\], outside the vocabulary of 8192"),
+        ("EagerDecoder", r"EagerDecoder.propose drafted 3 tokens where SpecState.limit was 2"),
+    ],
+)
+def test_drafts_that_break_the_contract_name_the_decoder(
+    make_engine, demo_model: Path, monkeypatch, decoder: str, message: str
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    spec = f"scripted_decoder:{decoder}"
+    engine = make_engine(demo_model, **SMALL, spec_decoder=spec, num_speculative_tokens=2)
+    engine.add(engine_request(PROMPTS[0], max_tokens=8))
+    with pytest.raises(PluginError, match=message):
+        run_until_idle(engine)
 
 
 def test_prompt_logprobs_equal_transformers(make_engine, demo_model: Path, demo_reference) -> None:

@@ -1,0 +1,56 @@
+"""How many KV blocks the device gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dovetail.contracts.attention import AttentionSpec
+from dovetail.contracts.executor import KVGroup
+from dovetail.contracts.ops import OpTable
+from dovetail.errors import ConfigError
+from dovetail.platforms.cpu.reference_attention import ReferenceAttention
+from dovetail.runner import kv_memory
+from dovetail.testing import engine_config
+
+FULL = (KVGroup(layers=(0, 1)),)
+MIXED = (KVGroup(layers=(0, 2)), KVGroup(layers=(1, 3), window=8))
+
+
+def spec(kv_heads=2):
+    return AttentionSpec(num_heads=4, num_kv_heads=kv_heads, head_size=16, scale=0.25)
+
+
+def backend():
+    device = torch.device("cpu")
+    return ReferenceAttention(ops=OpTable(), device=device, dtype=torch.float32, kv_dtype=torch.float32, block_size=4)
+
+
+def test_a_block_is_as_large_as_its_group_has_layers():
+    page = 2 * 4 * 2 * 16 * 4
+    assert kv_memory.block_bytes([spec(), spec()], FULL, backend()) == 2 * page
+    with pytest.raises(ConfigError, match=r"KV pages of \[512, 1024\] bytes; they must be equal"):
+        kv_memory.block_bytes([spec(1), spec(2)], FULL, backend())
+
+
+def test_the_default_holds_full_contexts_within_a_quarter():
+    config = engine_config(max_model_len=64, max_num_seqs=3)  # 16 blocks of 4 each
+    assert kv_memory.num_blocks(config, 100, FULL, 10**9) == 3 * 16 + 1
+    assert kv_memory.num_blocks(config, 100, MIXED, 10**9) == 2 * 3 * 16 + 1
+    assert kv_memory.num_blocks(config, 100, FULL, 4 * 2000) == 20
+
+
+def test_asked_memory_is_taken_as_asked_or_refused():
+    config = engine_config(max_model_len=64, kv_cache_memory=5000)
+    assert kv_memory.num_blocks(config, 100, FULL, 10**6) == 50
+    with pytest.raises(ConfigError, match=r"--kv-cache-memory asks for .* are free on the device"):
+        kv_memory.num_blocks(config, 100, FULL, 4999)
+    with pytest.raises(ConfigError, match=r"One request of --max-model-len 64 needs .* or lower --max-model-len"):
+        kv_memory.num_blocks(config, 1000, FULL, 10**6)
+
+
+def test_groups_share_storage_layer_by_layer():
+    caches = kv_memory.allocate([spec()] * 4, MIXED, backend(), blocks=5)
+    assert caches[0] is caches[1]
+    assert caches[2] is caches[3]
+    assert caches[0] is not caches[2]
