@@ -82,10 +82,7 @@ class EngineOptions:
                 f"--max-num-batched-tokens {self.max_num_batched_tokens} is below --max-num-seqs {self.max_num_seqs}: "
                 "a step could not give every request one token. Raise the first or lower the second."
             )
-        for f in fields(self):
-            choices = f.metadata["choices"]
-            if choices and getattr(self, f.name) not in choices:
-                raise ConfigError(f"{flag(f.name)} is {getattr(self, f.name)!r}; choose one of {', '.join(choices)}.")
+        _check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,10 +119,14 @@ class ServerOptions:
             raise ConfigError(f"--max-waiting is {self.max_waiting}; it must not be negative.")
         if not 0 <= self.drain_timeout < math.inf:
             raise ConfigError(f"--drain-timeout is {self.drain_timeout}; it must be a number of seconds, 0 or more.")
-        for f in fields(self):
-            choices = f.metadata["choices"]
-            if choices and getattr(self, f.name) not in choices:
-                raise ConfigError(f"{flag(f.name)} is {getattr(self, f.name)!r}; choose one of {', '.join(choices)}.")
+        _check_choices(self)
+
+
+def _check_choices(options: EngineOptions | ServerOptions) -> None:
+    for f in fields(options):
+        choices, value = f.metadata["choices"], getattr(options, f.name)
+        if choices and value not in choices:
+            raise ConfigError(f"{flag(f.name)} is {value!r}; choose one of {', '.join(choices)}.")
 
 
 def flag(name: str) -> str:

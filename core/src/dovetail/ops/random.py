@@ -39,7 +39,7 @@ def row_keys(seeds_S: Tensor, positions_S: Tensor, stream: Stream) -> Tensor:
         stream: what the numbers are for.
     """
     counter_S = positions_S * len(Stream) + int(stream)
-    return _mix64(_mix64(seeds_S + _signed64(_GOLDEN)) + counter_S * _signed64(_GOLDEN))
+    return _mix64(_mix64(seeds_S + signed64(_GOLDEN)) + counter_S * signed64(_GOLDEN))
 
 
 def uniform(keys_S: Tensor, columns: Tensor) -> Tensor:
@@ -70,7 +70,8 @@ def gumbel(keys_S: Tensor, columns: Tensor) -> Tensor:
     return uniform(keys_S, columns).neg_().log1p_().neg_().log_().neg_()
 
 
-def _signed64(value: int) -> int:
+def signed64(value: int) -> int:
+    """The signed 64-bit integer with the bits of ``value``, which lies in -2⁶³ … 2⁶⁴ - 1."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -84,8 +85,8 @@ def _word(keys_S: Tensor) -> Tensor:
 
 
 def _mix64(z: Tensor) -> Tensor:
-    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _signed64(0xBF58476D1CE4E5B9)
-    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _signed64(0x94D049BB133111EB)
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * signed64(0xBF58476D1CE4E5B9)
+    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * signed64(0x94D049BB133111EB)
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 

@@ -134,6 +134,8 @@ class ModelRunner:
     def _score_prompts(self, plan: StepPlan, rows: StepRows, hidden_TD: Tensor) -> list[list[TokenLogprobs] | None]:
         """Log-probabilities of the prompt tokens that this chunk predicts."""
         scores: list[list[TokenLogprobs] | None] = [None] * len(plan.slots)
+        if not self._prompt_logprobs:
+            return scores
         for i, slot in enumerate(plan.slots):
             prompt_len = self._prompt_logprobs.get(slot, 0)
             first = plan.num_computed[i]

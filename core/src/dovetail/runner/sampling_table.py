@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dovetail.messages import NewRow
+from dovetail.ops.random import signed64
 from dovetail.ops.sampling import SamplingTensors
 from dovetail.runner.sample_rows import SampleRows
 
@@ -32,7 +33,7 @@ class SamplingTable:
         top_k = params.top_k if 0 < params.top_k < self._vocab_size else 0
         floats = [0.0 if greedy else params.temperature, params.top_p, params.min_p]
         self._floats[slot] = torch.tensor(floats).to(self._device)
-        self._integers[slot] = torch.tensor([top_k, _signed64(row.seed)]).to(self._device)
+        self._integers[slot] = torch.tensor([top_k, signed64(row.seed)]).to(self._device)
         self._greedy[slot] = greedy
         self._filtered[slot] = not greedy and (top_k > 0 or params.top_p < 1 or params.min_p > 0)
 
@@ -59,8 +60,3 @@ class SamplingTable:
     @staticmethod
     def _columns(table: Tensor, slots_S: Tensor) -> tuple[Tensor, ...]:
         return table[slots_S].unbind(1)
-
-
-def _signed64(seed: int) -> int:
-    """The seed's low 64 bits as a signed integer."""
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
