@@ -15,7 +15,7 @@ def dovetail_register_platforms(register: Register[PlatformManifest]) -> None:
             summary="The host's processor; the reference platform.",
             device_type="cpu",
             dtypes=("bfloat16", "float32"),
-            attention=("cpu", "reference"),
+            attention=("cpu", "blocked", "reference"),
             ops=frozenset(
                 {"rms_norm", "add_rms_norm", "rotary", "silu_and_mul", "linear_pack", "linear", "embedding", "sample"}
             ),
@@ -26,7 +26,7 @@ def dovetail_register_platforms(register: Register[PlatformManifest]) -> None:
 
 @hookimpl
 def dovetail_register_attention_backends(register: Register[AttentionManifest]) -> None:
-    """The fast backend of the reference platform, and the oracle."""
+    """The fast backend of the reference platform, a portable one, and the oracle."""
     register(
         AttentionManifest(
             name="cpu",
@@ -39,6 +39,20 @@ def dovetail_register_attention_backends(register: Register[AttentionManifest]) 
             verify=True,
         ),
         "dovetail.platforms.cpu.attention:CpuAttention",
+    )
+    register(
+        AttentionManifest(
+            name="blocked",
+            summary="Tiles of plain torch: any CPU and page size, and a KV cache in narrower dtypes.",
+            priority=-50,
+            device_types=("cpu",),
+            dtypes=("bfloat16", "float16", "float32"),
+            kv_dtypes=("auto", "bfloat16", "float16", "float32", "float8_e4m3fn"),
+            sliding_window=True,
+            soft_cap=True,
+            verify=True,
+        ),
+        "dovetail.platforms.cpu.blocked_attention:BlockedAttention",
     )
     register(
         AttentionManifest(
@@ -59,6 +73,6 @@ def dovetail_register_attention_backends(register: Register[AttentionManifest]) 
 def dovetail_register_quant_methods(register: Register[QuantManifest]) -> None:
     """Weights as they are."""
     register(
-        QuantManifest(name="none", summary="Plain weights, in the activation dtype.", priority=-100),
+        QuantManifest(name="none", summary="Plain weights, in the activation dtype.", priority=-100, experts=True),
         "dovetail.layers.linear:Unquantized",
     )
