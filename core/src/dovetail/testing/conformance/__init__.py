@@ -1,0 +1,27 @@
+"""Conformance suites: one per contract, for whoever implements it. Needs pytest: ``dovetail-core[testing]``.
+
+A test file of two statements runs one::
+
+    from dovetail.testing.conformance import AttentionSuite, registered
+
+    class TestMine(AttentionSuite):
+        subject = registered("mine")
+
+``dovetail conformance PLUGIN`` runs those of everything that an installed plugin registers.
+"""
+
+from __future__ import annotations
+
+from dovetail.testing.conformance.subject import Subject, Tested, registered, unregistered
+from dovetail.testing.conformance.suite import Scenario, Suite, needs, scenarios
+
+__all__ = [
+    "Scenario",
+    "Subject",
+    "Suite",
+    "Tested",
+    "needs",
+    "registered",
+    "scenarios",
+    "unregistered",
+]
