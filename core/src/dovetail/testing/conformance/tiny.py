@@ -182,7 +182,7 @@ def _dense_attention(x_TD: Tensor, layer: Mapping[str, Tensor], window: int | No
     distance_TT = positions_T.unsqueeze(1) - positions_T
     hidden_TT = (distance_TT < 0) | (distance_TT >= (window or length))
     scores_HTT = (q_HTK @ k_HTK.transpose(1, 2) * HEAD_SIZE**-0.5).masked_fill(hidden_TT, -torch.inf)
-    attended_TD = (scores_HTT.softmax(-1) @ v_HTK).transpose(0, 1).flatten(1)
+    attended_TD: Tensor = (scores_HTT.softmax(-1) @ v_HTK).transpose(0, 1).flatten(1)
     return attended_TD @ layer["self_attn.o_proj.weight"].t()
 
 
