@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from dovetail.plugins.registry import owner
+
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
     """One resolved part.
@@ -15,6 +17,8 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
         target: ``"package.module:Attribute"`` to import.
         distribution, version: who brings it.
         why: why it was chosen, in words.
+        plugin: the entry-point name of the plugin that registered it.
+        claims: its manifest, as builtins: what the executor holds it to.
     """
 
     name: str
@@ -22,6 +26,13 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
     distribution: str
     version: str
     why: str
+    plugin: str = ""
+    claims: dict[str, Any] = {}
+
+    @property
+    def owner(self) -> str:
+        """Plugin, distribution and version, in words."""
+        return owner(self.plugin, self.distribution, self.version)
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):

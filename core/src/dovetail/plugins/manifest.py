@@ -18,12 +18,15 @@ class Manifest:
         summary: one line for ``dovetail plugins``.
         api: the contract version that the implementation was written for.
         priority: among candidates that all fit, the highest is chosen.
+        requires: what must be installed beside the plugin's own dependencies, as PEP 508 requirements (``"fancy>=2"``);
+            checked before the target is imported.
     """
 
     name: str
     summary: str
     api: int = 1
     priority: int = 0
+    requires: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,12 +38,17 @@ class PlatformManifest(Manifest):
         dtypes: activation dtypes it can compute in, most preferred first.
         attention: names of attention backends that it can run, most preferred first.
         ops: names of the operations that it overrides; the rest run on the reference implementations.
+        kv_dtypes: storage dtypes of the KV cache that it can hold, ``"auto"`` being the activation dtype; empty means
+            any that the attention backend stores.
+        max_context: longest context that it can run, in tokens; None means any.
     """
 
     device_type: str
     dtypes: tuple[str, ...]
     attention: tuple[str, ...]
     ops: frozenset[str] = frozenset()
+    kv_dtypes: tuple[str, ...] = ()
+    max_context: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +63,7 @@ class AttentionManifest(Manifest):
         block_sizes: supported tokens per KV block; empty means any.
         sliding_window, soft_cap, mla, tree: optional capabilities, closed by default.
         verify: several query tokens per request that need logits each (draft verification).
+        max_context: longest context that it can attend to, in tokens; None means any.
     """
 
     device_types: tuple[str, ...]
@@ -67,6 +76,7 @@ class AttentionManifest(Manifest):
     mla: bool = False
     tree: bool = False
     verify: bool = False
+    max_context: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +87,13 @@ class ModelManifest(Manifest):
         architectures: values of ``architectures`` in config.json that it serves.
         platform: a platform name if this is that platform's own override of the family, else None.
         demo: ``"package:folder"`` of a checkpoint shipped as package data, served when no model is named.
+        dtypes: activation dtypes that it computes right in; empty means any.
     """
 
     architectures: tuple[str, ...]
     platform: str | None = None
     demo: str | None = None
+    dtypes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,12 +105,16 @@ class QuantManifest(Manifest):
         on_load: it can quantize an unquantized checkpoint while loading (``--quantization NAME``).
         ops: operations that it needs from the platform's op table.
         dtypes: activation dtypes it works with; empty means any.
+        device_types: torch device types that it runs on; empty means any.
+        experts: optional capability, closed by default: the stacked expert weights of sparse models.
     """
 
     checkpoint_methods: tuple[str, ...] = ()
     on_load: bool = False
     ops: frozenset[str] = frozenset()
     dtypes: tuple[str, ...] = ()
+    device_types: tuple[str, ...] = ()
+    experts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,8 +125,12 @@ class SpecDecoderManifest(Manifest):
         needs_draft_model: ``--speculative-config`` must name a draft checkpoint.
         probabilities: it can return draft probabilities (exact stochastic verification with real q).
         defaults: default values of its own section of ``--speculative-config``.
+        needs: capabilities that verifying its drafts takes of the attention backend, by manifest field name.
+        device_types: torch device types that it runs on; empty means any.
     """
 
     needs_draft_model: bool = False
     probabilities: bool = False
     defaults: Mapping[str, object] = field(default_factory=dict)
+    needs: frozenset[str] = frozenset({"verify"})
+    device_types: tuple[str, ...] = ()

@@ -26,6 +26,11 @@ from dovetail.plugins.manifest import (
 M = TypeVar("M", bound=Manifest)
 
 
+def owner(plugin: str, distribution: str, version: str) -> str:
+    """Who is responsible, in the words of every message."""
+    return f"plugin {plugin!r} ({distribution} {version})"
+
+
 class Entry(msgspec.Struct, Generic[M], frozen=True, kw_only=True):
     """One registration.
 
@@ -50,7 +55,7 @@ class Entry(msgspec.Struct, Generic[M], frozen=True, kw_only=True):
     @property
     def owner(self) -> str:
         """Plugin, distribution and version, in words."""
-        return f"plugin {self.plugin!r} ({self.distribution} {self.version})"
+        return owner(self.plugin, self.distribution, self.version)
 
     def load(self) -> Any:
         """Import the target.
@@ -149,11 +154,16 @@ class PluginStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: its entry-point name.
-        state: ``"loaded"``, ``"failed"`` or ``"disabled"``.
+        state: ``"loaded"``; ``"quarantined"``: it failed, nobody asked for it, and it is left out; ``"failed"``: it
+            failed and was asked for, so that nothing starts; or ``"disabled"``.
         asked: whether ``DOVETAIL_PLUGINS`` names it.
-        error: one line, if it failed.
+        error: the cause in one line, if it failed.
+        remedy: what to do about it, if it failed.
         traceback: the whole story, if it failed.
         provides: per kind, the names that it registered; a failed plugin's were dropped again.
+        warnings: what is not right about a plugin that is loaded: a slow import, a contract version on its way out, a
+            requirement that is not installed.
+        seconds: that importing it and calling its hooks took.
     """
 
     name: str
@@ -162,13 +172,31 @@ class PluginStatus(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     asked: bool = False
     error: str | None = None
+    remedy: str | None = None
     traceback: str | None = None
     provides: dict[str, tuple[str, ...]] = {}
+    warnings: tuple[str, ...] = ()
+    seconds: float = 0.0
 
     @property
     def owner(self) -> str:
         """Plugin, distribution and version, in words."""
-        return f"plugin {self.name!r} ({self.distribution} {self.version})"
+        return owner(self.name, self.distribution, self.version)
+
+    @property
+    def broken(self) -> bool:
+        """Whether it failed, asked for or not."""
+        return self.state in ("quarantined", "failed")
+
+    @property
+    def well(self) -> bool:
+        """Whether there is nothing to say about it."""
+        return not self.broken and not self.warnings
+
+    @property
+    def failure(self) -> str:
+        """Cause and remedy of a plugin that failed."""
+        return " ".join(part for part in (self.error, self.remedy) if part)
 
 
 class Registries(msgspec.Struct, kw_only=True):
@@ -223,10 +251,10 @@ def _hints(kind: str, plugins: tuple[PluginStatus, ...]) -> tuple[str, ...]:
     """What to say on a miss about plugins that are installed but not loaded."""
     hints = []
     for plugin in plugins:
-        if plugin.state == "failed":
+        if plugin.broken:
             lost = ", ".join(plugin.provides.get(kind, ()))
             what = f"would have registered {lost}" if lost else "might provide it"
-            hints.append(f"The {plugin.owner} {what} but failed to load: {plugin.error}")
+            hints.append(f"The {plugin.owner} {what} but failed to load: {plugin.failure}")
         elif plugin.state == "disabled":
             hints.append(f"The {plugin.owner} is installed but switched off and might provide it.")
     return tuple(hints)

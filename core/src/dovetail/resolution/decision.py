@@ -86,6 +86,8 @@ class Decision(Generic[M]):
             distribution=self.entry.distribution,
             version=self.entry.version,
             why=self.why,
+            plugin=self.entry.plugin,
+            claims=msgspec.to_builtins(self.entry.manifest, order="deterministic"),
         )
 
     def explained(self) -> Part:
