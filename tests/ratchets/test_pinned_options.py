@@ -16,7 +16,7 @@ def names(text):
 ENGINE = names("""
     model revision tokenizer dtype max_model_len max_num_seqs max_num_batched_tokens block_size kv_cache_memory
     kv_cache_dtype enable_prefix_caching enable_chunked_prefill scheduling_policy seed platform attention quantization
-    speculative_config num_threads
+    speculative_config num_threads allow_fallback
 """)
 SERVER = names("""
     host port served_model_name api_key chat_template max_body_mb max_waiting drain_timeout compat_metrics log_level

@@ -6,11 +6,14 @@ plugin understands belong to that plugin's own section.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from functools import lru_cache
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dovetail.errors import ConfigError
 
@@ -64,6 +67,9 @@ class EngineOptions:
         metavar="JSON",
     )
     num_threads: int | None = option(None, "Host threads for computation; default: the platform's choice.")
+    allow_fallback: bool = option(
+        False, "If this cannot run as asked, take the nearest configuration that can, and say what was changed."
+    )
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at model or machine.
@@ -71,6 +77,7 @@ class EngineOptions:
         Raises:
             ConfigError: naming the option, its value and the remedy.
         """
+        _check_types(self)
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -106,6 +113,7 @@ class ServerOptions:
         Raises:
             ConfigError: naming the option, its value and the remedy.
         """
+        _check_types(self)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}; it must be in 0..65535.")
         if self.api_key is not None and (not self.api_key or self.api_key != self.api_key.strip()):
@@ -122,6 +130,45 @@ class ServerOptions:
         _check_choices(self)
 
 
+KIND_WORDS: Mapping[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    dict: "a mapping",
+}
+"""How messages name the kinds of :func:`kinds`."""
+
+
+@lru_cache
+def kinds(cls: type) -> dict[str, type]:
+    """The plain type of each field: int, float, bool, str, or dict for a mapping; ``| None`` is dropped."""
+    return {name: _kind(hint) for name, hint in get_type_hints(cls).items()}
+
+
+def _kind(hint: Any) -> type:
+    if get_origin(hint) in (Union, UnionType):
+        (hint,) = (part for part in get_args(hint) if part is not NoneType)
+    if get_origin(hint) is not None:
+        hint = get_origin(hint)
+    return dict if isinstance(hint, type) and issubclass(hint, Mapping) else hint
+
+
+def is_kind(value: object, kind: type) -> bool:
+    """Whether a value may stand for an option of this kind; a whole number is also a number, a bool is neither."""
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    wanted: Any = {float: (int, float), dict: Mapping}.get(kind, kind)
+    return isinstance(value, wanted)
+
+
+def _check_types(options: EngineOptions | ServerOptions) -> None:
+    for f in fields(options):
+        value, kind = getattr(options, f.name), kinds(type(options))[f.name]
+        if not (is_kind(value, kind) or (value is None and f.default is None)):
+            raise ConfigError(f"{flag(f.name)} is {value!r} ({type(value).__name__}); it must be {KIND_WORDS[kind]}.")
+
+
 def _check_choices(options: EngineOptions | ServerOptions) -> None:
     for f in fields(options):
         choices, value = f.metadata["choices"], getattr(options, f.name)
@@ -132,6 +179,26 @@ def _check_choices(options: EngineOptions | ServerOptions) -> None:
 def flag(name: str) -> str:
     """The command-line spelling of a field."""
     return "--" + name.replace("_", "-")
+
+
+def as_words(name: str, value: Any) -> list[str]:
+    """The words of a command line that give one option; for the model, the argument itself."""
+    if name == "model":
+        return [str(value)]
+    if isinstance(value, bool):
+        return [flag(name) if value else f"--no-{flag(name)[2:]}"]
+    return [flag(name), json.dumps(value) if isinstance(value, Mapping) else str(value)]
+
+
+def asked(options: EngineOptions) -> dict[str, Any]:
+    """The options that differ from their defaults."""
+    values = {f.name: getattr(options, f.name) for f in fields(options)}
+    return {f.name: values[f.name] for f in fields(options) if values[f.name] != f.default}
+
+
+def arguments(options: EngineOptions) -> list[str]:
+    """The command line that gives these options, defaults left out."""
+    return [word for name, value in asked(options).items() for word in as_words(name, value)]
 
 
 def parse(cls: type[T], values: Mapping[str, Any]) -> T:

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from dovetail.cli import options as cli_options
 from dovetail.cli.main import cli
 from dovetail.errors import ConfigError
-from dovetail.options import EngineOptions, ServerOptions, flag
+from dovetail.options import EngineOptions, ServerOptions, arguments, flag, kinds
 
 
 def collect(*arguments, config=None, tmp_path=None, classes=(EngineOptions, ServerOptions), env=None):
@@ -46,7 +46,7 @@ def test_every_field_by_flag_and_by_yaml(cls, tmp_path):
     import yaml
 
     for field in dataclasses.fields(cls):
-        kind = cli_options.kinds(cls)[field.name]
+        kind = kinds(cls)[field.name]
         value = CHECKED.get(field.name, EXAMPLES[kind])
         if kind is bool:
             value = not field.default
@@ -112,6 +112,39 @@ def test_file_values_are_checked_like_flags(tmp_path):
         collect(config="dtype: int3", tmp_path=tmp_path)
 
 
+def test_one_file_serves_every_command(tmp_path):
+    """Keys of the server are checked, and left aside by commands that run none."""
+    text = "seed: 4\nport: 9\napi_key: secret"
+    assert collect(config=text, tmp_path=tmp_path, classes=(EngineOptions,)) == (EngineOptions(seed=4),)
+    with pytest.raises(ConfigError, match="port is 'x'; it must be a whole number"):
+        collect(config="port: x", tmp_path=tmp_path, classes=(EngineOptions,))
+    with pytest.raises(ConfigError, match=r"unknown key 'prot'\. Did you mean 'port'\?"):
+        collect(config="prot: 9", tmp_path=tmp_path, classes=(EngineOptions,))
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value", "expected"),
+    [
+        (EngineOptions, "max_num_seqs", "8", "--max-num-seqs is '8' (str); it must be a whole number."),
+        (EngineOptions, "max_num_seqs", None, "--max-num-seqs is None (NoneType); it must be a whole number."),
+        (EngineOptions, "block_size", True, "--block-size is True (bool); it must be a whole number."),
+        (EngineOptions, "kv_cache_memory", "1", "--kv-cache-memory is '1' (str); it must be a number."),
+        (EngineOptions, "allow_fallback", 1, "--allow-fallback is 1 (int); it must be true or false."),
+        (EngineOptions, "platform", 7, "--platform is 7 (int); it must be a string."),
+        (EngineOptions, "speculative_config", "x", "--speculative-config is 'x' (str); it must be a mapping."),
+        (ServerOptions, "port", "80", "--port is '80' (str); it must be a whole number."),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_option_value_and_type(cls, name, value, expected):
+    with pytest.raises(ConfigError) as caught:
+        cls(**{name: value})
+    assert str(caught.value) == expected
+
+
+def test_whole_numbers_are_numbers():
+    assert EngineOptions(kv_cache_memory=1).kv_cache_memory == 1
+
+
 @pytest.mark.parametrize("text", ["", "seed: null", "revision: null"])
 def test_empty_file_and_null_mean_the_default(text, tmp_path):
     assert collect(config=text, tmp_path=tmp_path)[0] == EngineOptions()
@@ -166,8 +199,8 @@ def test_arguments_is_the_inverse():
     options = EngineOptions(
         model="m", seed=4, enable_prefix_caching=False, speculative_config={"method": "x", "n": 1}, kv_cache_memory=0.5
     )
-    assert collect(*cli_options.arguments(options), classes=(EngineOptions,)) == (options,)
-    assert cli_options.arguments(EngineOptions()) == []
+    assert collect(*arguments(options), classes=(EngineOptions,)) == (options,)
+    assert arguments(EngineOptions()) == []
 
 
 def test_as_arguments_rebuilds_the_options():

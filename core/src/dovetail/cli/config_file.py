@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.errors import ConfigError
+from dovetail.options import KIND_WORDS, is_kind
 from dovetail.plugins.registry import nearest
 
 
@@ -14,7 +15,7 @@ def read(path: Path, known: Mapping[str, type]) -> dict[str, Any]:
     """The values of a YAML file, by field name; dashes and underscores are the same, and null means the default.
 
     Args:
-        known: the type of each key that the command takes.
+        known: the type of each key that may stand there.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown or given twice, or a value has the wrong type.
@@ -46,18 +47,7 @@ def read(path: Path, known: Mapping[str, type]) -> dict[str, Any]:
 
 
 def _checked(path: Path, name: str, value: Any, kind: type) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    right = isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool))
-    if not right:
-        raise ConfigError(f"--config {path}: {name} is {value!r}; it must be {_WORDS[kind]}.")
-    return value
-
-
-_WORDS: Mapping[type, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a string (quote it if it looks like a number)",
-    dict: "a mapping",
-}
+    if not is_kind(value, kind):
+        hint = " (quote it if it looks like a number)" if kind is str else ""
+        raise ConfigError(f"--config {path}: {name} is {value!r}; it must be {KIND_WORDS[kind]}{hint}.")
+    return float(value) if kind is float else value

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from functools import update_wrapper
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast
 
 import click
 
 from dovetail import env
 from dovetail.cli import config_file
-from dovetail.options import EngineOptions, ServerOptions, flag, parse
+from dovetail.options import EngineOptions, ServerOptions, flag, kinds, parse
 
 Command = Callable[..., Any]
 
@@ -34,30 +33,19 @@ def json_object(value: str) -> dict[str, Any]:
     return parsed
 
 
-def kinds(cls: type) -> dict[str, type]:
-    """The plain type of each field: int, float, bool, str, or dict for a mapping; ``| None`` is dropped."""
-    return {name: _kind(hint) for name, hint in get_type_hints(cls).items()}
-
-
-def _kind(hint: Any) -> type:
-    if get_origin(hint) in (Union, UnionType):
-        (hint,) = (part for part in get_args(hint) if part is not NoneType)
-    if get_origin(hint) is not None:
-        hint = get_origin(hint)
-    return dict if isinstance(hint, type) and issubclass(hint, Mapping) else hint
-
-
 def with_options(*classes: type) -> Callable[[Command], click.Command | Command]:
     """Add every field of the dataclasses as an option, ``[MODEL]`` as an argument, and ``--config``.
 
     The command then receives one instance per class, in order, before its own keyword arguments. Values come
-    from the command line, else from the file, else from the environment, else from the defaults.
+    from the command line, else from the file, else from the environment, else from the defaults. The file may hold
+    options of the engine and the server alike, so that one file does for every command; those that the command does
+    not take are checked and left aside.
     """
 
     def decorate(command: Command) -> Command:
         def collect(*, config: Path | None, **given: Any) -> Any:
             table = {name: kind for cls in classes for name, kind in kinds(cls).items()}
-            values = {} if config is None else config_file.read(config, table)
+            values = {} if config is None else config_file.read(config, kinds(ServerOptions) | kinds(EngineOptions))
             values |= {name: given[name] for name in table if given[name] is not None}
             rest = {name: value for name, value in given.items() if name not in table}
             if "api_key" in table and values.get("api_key") is None:
@@ -119,20 +107,6 @@ def server_command(command: Command) -> Command:
 def json_option(command: Command) -> Command:
     """``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(command)
-
-
-def arguments(options: EngineOptions) -> list[str]:
-    """The command line that gives these options, defaults left out."""
-    words: list[str] = [] if options.model is None else [options.model]
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if field.name == "model" or value == field.default:
-            continue
-        if isinstance(value, bool):
-            words.append(flag(field.name) if value else f"--no-{flag(field.name)[2:]}")
-        else:
-            words += [flag(field.name), json.dumps(value) if isinstance(value, Mapping) else str(value)]
-    return words
 
 
 def as_arguments(options: EngineOptions) -> dict[str, Any]:

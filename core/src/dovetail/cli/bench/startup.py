@@ -16,9 +16,9 @@ import click
 
 from dovetail.cli import http, log
 from dovetail.cli.bench import report
-from dovetail.cli.options import arguments, engine_command, json_option
+from dovetail.cli.options import engine_command, json_option
 from dovetail.errors import DovetailError
-from dovetail.options import EngineOptions
+from dovetail.options import EngineOptions, arguments
 
 if TYPE_CHECKING:
     import httpx
