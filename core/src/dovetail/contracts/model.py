@@ -65,9 +65,11 @@ class Rename:
     """One row of a weight table: where a checkpoint tensor goes.
 
     Attributes:
-        pattern: a dotted name part of the checkpoint, e.g. ``"q_proj"``.
-        into: the part that replaces it, e.g. ``"qkv_proj"``.
-        shard: the output of the merged layer that it fills, e.g. ``"q"``; None fills all of it.
+        pattern: whole dotted parts of a checkpoint's name, e.g. ``"q_proj"``; one ``*`` stands for any one part, e.g.
+            ``"experts.*.gate_proj"``.
+        into: the parts that replace them, e.g. ``"qkv_proj"`` or ``"experts.gate_up"``.
+        shard: the output of the merged layer that it fills, e.g. ``"q"``; None fills all of it. A ``*`` in it becomes
+            the part that the pattern's ``*`` stood for, e.g. ``"*.gate"``.
     """
 
     pattern: str
@@ -80,7 +82,7 @@ class WeightTable:
     """How checkpoint names map to the model's.
 
     Attributes:
-        renames: applied to whole dotted name parts, first match wins.
+        renames: the first one that matches a name is applied, once.
         strip_prefixes: leading parts that some exports add.
         ignore: substrings of tensors that the model does not use, by design.
         tied: parameter -> parameter that it shares storage with when the checkpoint leaves it out.

@@ -18,7 +18,11 @@ from dovetail.ops import reference
 
 PackedWeight = Any
 """Whatever ``linear_pack`` returns. The ``linear`` of the same table reads it, and so does an ``embedding`` that is
-not the reference: a large table tied to the head is kept in this form only."""
+not the reference: a large table tied to the head is kept in this form only. What ``weight_only_pack``, ``scaled_mm_pack``
+and ``block_scaled_pack`` return is read by the product of the same name alone."""
+
+PackedExperts = Any
+"""Whatever ``experts_pack`` returns; the ``moe_experts`` of the same table reads it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,11 +33,19 @@ class OpTable:
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = reference.add_rms_norm
     rotary: Callable[..., tuple[Tensor, Tensor]] = reference.rotary
     silu_and_mul: Callable[..., Tensor] = reference.silu_and_mul
+    gelu_tanh_and_mul: Callable[..., Tensor] = reference.gelu_tanh_and_mul
     embedding: Callable[..., Tensor] = reference.embedding
     linear_pack: Callable[..., PackedWeight] = reference.linear_pack
     linear: Callable[..., Tensor] = reference.linear
+    quantize_rows: Callable[..., tuple[Tensor, Tensor]] = reference.quantize_rows
+    weight_only_pack: Callable[..., PackedWeight] = reference.weight_only_pack
+    weight_only_mm: Callable[..., Tensor] = reference.weight_only_mm
+    scaled_mm_pack: Callable[..., PackedWeight] = reference.scaled_mm_pack
     scaled_mm: Callable[..., Tensor] = reference.scaled_mm
+    block_scaled_pack: Callable[..., PackedWeight] = reference.block_scaled_pack
+    block_scaled_mm: Callable[..., Tensor] = reference.block_scaled_mm
     w4a16_mm: Callable[..., Tensor] = reference.w4a16_mm
+    experts_pack: Callable[..., PackedExperts] = reference.experts_pack
     moe_experts: Callable[..., Tensor] = reference.moe_experts
     write_kv: Callable[..., None] = reference.write_kv
     paged_attention: Callable[..., Tensor] = reference.paged_attention

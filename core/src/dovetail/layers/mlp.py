@@ -1,18 +1,33 @@
-"""Gated feed-forward block."""
+"""Feed-forward blocks: one gated block for every token, or a few of many."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from dovetail.contracts.model import ModelContext
+from dovetail.layers.experts import Experts
 from dovetail.layers.linear import Linear, MergedLinear
+from dovetail.layers.router import Router
 
 
 class GatedMLP(nn.Module):
-    """``down(silu(gate(x)) × up(x))`` (Shazeer 2020, arXiv:2002.05202)."""
+    """``down(activation(gate(x)) × up(x))`` (Shazeer 2020, arXiv:2002.05202).
+
+    Args:
+        activation: an operation on gate and up side by side; ``silu_and_mul`` if not given.
+    """
 
     def __init__(
-        self, context: ModelContext, name: str, hidden_size: int, inner_size: int, *, bias: bool = False
+        self,
+        context: ModelContext,
+        name: str,
+        hidden_size: int,
+        inner_size: int,
+        *,
+        bias: bool = False,
+        activation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         gate_up = {"gate": inner_size, "up": inner_size}
@@ -20,8 +35,43 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(context, f"{name}.down_proj", inner_size, hidden_size, bias=bias)
         self._gate_up = self.gate_up_proj.forward
         self._down = self.down_proj.forward
-        self._silu_and_mul = context.ops.silu_and_mul
+        self._activation = activation or context.ops.silu_and_mul
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """``[T, D]`` to ``[T, D]``."""
-        return self._down(self._silu_and_mul(self._gate_up(x_TD)))
+        return self._down(self._activation(self._gate_up(x_TD)))
+
+
+class RoutedMLP(nn.Module):
+    """A router, and experts of which it chooses a few per token.
+
+    Args:
+        num_experts, num_active, normalize: see :class:`dovetail.layers.router.Router`.
+    """
+
+    def __init__(
+        self,
+        context: ModelContext,
+        name: str,
+        hidden_size: int,
+        inner_size: int,
+        *,
+        num_experts: int,
+        num_active: int,
+        normalize: bool,
+    ) -> None:
+        super().__init__()
+        self.gate = Router(
+            context,
+            f"{name}.gate",
+            hidden_size,
+            num_experts=num_experts,
+            num_active=num_active,
+            normalize=normalize,
+        )
+        self.experts = Experts(context, f"{name}.experts", num_experts, hidden_size, inner_size)
+        self._route, self._experts = self.gate.route, self.experts.forward
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """``[T, D]`` to ``[T, D]``."""
+        return self._experts(x_TD, *self._route(x_TD))

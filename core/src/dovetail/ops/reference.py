@@ -7,6 +7,8 @@ experts of one token and ``E`` all experts.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,6 +79,19 @@ def silu_and_mul(x_T2F: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(x_T2F.dtype)
 
 
+def gelu_tanh_and_mul(x_T2F: Tensor) -> Tensor:
+    """Gated activation ``gelu(gate) × up``, with the tanh form of gelu (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+
+    Args:
+        x_T2F: ``[..., 2 F]``: gate, then up.
+
+    Returns:
+        ``[..., F]`` in the dtype of ``x``.
+    """
+    gate, up = _wide(x_T2F).chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh") * up).to(x_T2F.dtype)
+
+
 def embedding(ids_T: Tensor, table_VD: Tensor) -> Tensor:
     """Rows of the table: ``[T, D]`` in its dtype.
 
@@ -95,13 +110,96 @@ def linear(x_TI: Tensor, packed: Tensor, bias_O: Tensor | None = None) -> Tensor
     return F.linear(x_TI, packed, bias_O)
 
 
+class ScaledWeight(NamedTuple):
+    """A quantized weight: element ``[o, i]`` is ``weight[o, i] × scale[o, i // group_size]``."""
+
+    weight_OI: Tensor
+    scale_OG: Tensor
+    group_size: int
+
+
+def quantize_rows(x_TI: Tensor, dtype: torch.dtype, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize each row by its own largest magnitude, which becomes the largest number of ``dtype``.
+
+    Args:
+        x_TI: ``[T, I]``, any floating-point dtype.
+        dtype: int8 (symmetric, -127 .. 127) or float8_e4m3fn.
+        group_size: consecutive elements of a row that share a scale, the last group may be shorter; None means the row.
+
+    Returns:
+        ``[T, I]`` in ``dtype``, and float32 scales ``[T, G]`` by which to multiply it. Ties round to even. A group of zeros
+        has a tiny scale; one that holds infinities or NaN has a scale that is not finite, and unspecified values.
+    """
+    tokens, inputs = x_TI.shape
+    group = group_size or inputs
+    largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    x_TGI = F.pad(x_TI.to(torch.float32), (0, -inputs % group)).view(tokens, -1, group)
+    scale_TG1 = x_TGI.abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest
+    values_TI = (x_TGI / scale_TG1).clamp(-largest, largest).flatten(1)[:, :inputs]
+    return (values_TI.round() if dtype == torch.int8 else values_TI).to(dtype), scale_TG1.squeeze(-1)
+
+
+def weight_only_pack(weight_OI: Tensor, scale_OG: Tensor, group_size: int | None = None) -> ScaledWeight:
+    """Bring a quantized weight and its scales into the form that :func:`weight_only_mm` reads.
+
+    Args:
+        weight_OI: int8 or float8_e4m3fn ``[O, I]``.
+        scale_OG: float32 ``[O, G]``: a scale per output and per group of inputs.
+        group_size: consecutive inputs that share a scale, the last group may be shorter; None means all of them.
+    """
+    return ScaledWeight(weight_OI, scale_OG, group_size or weight_OI.shape[1])
+
+
+def weight_only_mm(x_TI: Tensor, packed: ScaledWeight, bias_O: Tensor | None = None) -> Tensor:
+    """``x @ (weight × scale)ᵀ + bias``: ``[T, O]`` in the dtype of ``x``. ``packed`` comes from :func:`weight_only_pack`."""
+    dtype = _wide_dtype(x_TI.dtype)
+    bias = None if bias_O is None else bias_O.to(dtype)
+    return F.linear(x_TI.to(dtype), _dequantize(*packed, dtype), bias).to(x_TI.dtype)
+
+
+def block_scaled_pack(weight_OI: Tensor, scale_OG: Tensor, group_size: int) -> ScaledWeight:
+    """Bring a quantized weight and its scales into the form that :func:`block_scaled_mm` reads.
+
+    Args:
+        weight_OI: int8 or float8_e4m3fn ``[O, I]``.
+        scale_OG: float32 ``[O, G]``: a scale per output and per group of inputs. Formats with square blocks repeat a
+            scale for each output of the block.
+        group_size: consecutive inputs that share a scale; the last group may be shorter.
+    """
+    return ScaledWeight(weight_OI, scale_OG, group_size)
+
+
+def block_scaled_mm(x_TI: Tensor, packed: ScaledWeight, x_scale_TG: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Product of two matrices that are quantized in groups of inputs (DeepSeek-AI 2024, arXiv:2412.19437, section 3.3).
+
+    Args:
+        x_TI: ``[T, I]`` in the dtype of the weight.
+        packed: from :func:`block_scaled_pack`.
+        x_scale_TG: float32 ``[T, G]``, in the same groups as the weight.
+        out_dtype: of the result ``[T, O]``.
+    """
+    x_TI = _dequantize(x_TI, x_scale_TG, packed.group_size, torch.float32)
+    return F.linear(x_TI, _dequantize(*packed, torch.float32)).to(out_dtype)
+
+
+def _dequantize(values_RI: Tensor, scale_RG: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    scale_RI = scale_RG.to(dtype).repeat_interleave(group_size, dim=1)[:, : values_RI.shape[1]]
+    return values_RI.to(dtype) * scale_RI
+
+
+def scaled_mm_pack(weight_OI: Tensor) -> Tensor:
+    """Bring a quantized weight ``[O, I]`` into the form that :func:`scaled_mm` reads; here it stays itself."""
+    return weight_OI
+
+
 def scaled_mm(
     x_TI: Tensor, weight_OI: Tensor, x_scale_T1: Tensor, weight_scale_O1: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
     """Product of two quantized matrices: ``(x × x_scale) @ (weight × weight_scale)ᵀ``.
 
     Args:
-        x_TI, weight_OI: ``[T, I]`` and ``[O, I]``, both int8 or both float8.
+        x_TI: ``[T, I]``, int8 or float8.
+        weight_OI: ``[O, I]`` in the same dtype; every platform takes it as it is, and from :func:`scaled_mm_pack`.
         x_scale_T1: float32 ``[T, 1]``, or ``[1, 1]`` for one scale per tensor.
         weight_scale_O1: float32 ``[O, 1]`` or ``[1, 1]``.
         out_dtype: of the result ``[T, O]``.
@@ -134,6 +232,11 @@ def w4a16_mm(
     return F.linear(x_TI.to(dtype), weight_OI).to(x_TI.dtype)
 
 
+def experts_pack(weight_EOI: Tensor) -> Tensor:
+    """Bring stacked weights ``[E, O, I]`` into the form that :func:`moe_experts` reads; here they stay themselves."""
+    return weight_EOI
+
+
 def moe_experts(
     x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, expert_ids_TA: Tensor, expert_weights_TA: Tensor
 ) -> Tensor:
@@ -141,8 +244,8 @@ def moe_experts(
 
     Args:
         x_TD: ``[T, D]``.
-        gate_up_EFD: ``[E, 2 F, D]``: each expert's gate rows, then its up rows.
-        down_EDF: ``[E, D, F]``.
+        gate_up_EFD: ``[E, 2 F, D]``: each expert's gate rows, then its up rows; from :func:`experts_pack`.
+        down_EDF: ``[E, D, F]``; from :func:`experts_pack`.
         expert_ids_TA: the experts of each token; an id outside ``0 .. E - 1`` adds nothing.
         expert_weights_TA: factor of each expert's output.
 

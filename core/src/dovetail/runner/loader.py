@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,14 +118,19 @@ def map_name(name: str, table: WeightTable) -> tuple[Target, str]:
     """Where a tensor of the checkpoint goes, and the shard that it fills (``""``: all of it)."""
     for prefix in table.strip_prefixes:
         name = name.removeprefix(prefix + ".")
-    parts = name.split(".")
-    shard = ""
     for rename in table.renames:
-        if rename.pattern in parts:
-            parts[parts.index(rename.pattern)] = rename.into
-            shard = rename.shard or ""
-            break
-    return Target.of(".".join(parts)), shard
+        match = _whole_parts(rename.pattern).search(name)
+        if match:
+            shard = (rename.shard or "").replace("*", "".join(match.groups()))
+            return Target.of(name[: match.start()] + rename.into + name[match.end() :]), shard
+    return Target.of(name), ""
+
+
+@lru_cache(maxsize=1024)
+def _whole_parts(pattern: str) -> re.Pattern[str]:
+    """Finds a pattern of a weight table in a dotted name; what its ``*`` stands for is the only group."""
+    parts = re.escape(pattern).replace(r"\*", "([^.]+)")
+    return re.compile(rf"(?<![^.]){parts}(?![^.])")
 
 
 class Plan:
@@ -211,20 +218,28 @@ class Plan:
         shape = list(spec.shape)
         if shard and spec.output_dim is not None:
             shape[spec.output_dim] = self.blocks[target.block].shard_range(target.suffix, shard)[1]
-        if list(stored.shape) != shape:
+        if spec.repeat > 1:
+            shape[0] = -(-shape[0] // spec.repeat)
+        if spec.broadcast:
+            if list(stored.shape) not in ([], [1]):
+                yield f"has shape {list(stored.shape)}, the model needs a single number"
+        elif list(stored.shape) != shape:
             yield f"has shape {list(stored.shape)}, the model needs {shape}"
-        if stored.dtype.is_floating_point != spec.dtype.is_floating_point:
+        coded = min(stored.dtype.itemsize, spec.dtype.itemsize) == 1  # 8 bits mean nothing without their scales
+        if stored.dtype.is_floating_point != spec.dtype.is_floating_point or (coded and stored.dtype != spec.dtype):
             yield f"is {stored.dtype}, the model needs {spec.dtype}"
         if not ({shard} if shard else self._whole(target)) <= self._open[target]:
             yield "is there twice"
 
     def _checkpoint_name(self, target: Target, shard: str) -> str:
-        parts = [*target.block.split("."), target.suffix]
+        name = ".".join(target)
         for rename in self._table.renames:
-            if rename.into in parts and (rename.shard or "") == shard:
-                parts[parts.index(rename.into)] = rename.pattern
-                break
-        return ".".join(parts)
+            part = _whole_parts(rename.shard or "").fullmatch(shard)
+            place = _whole_parts(rename.into).search(name)
+            if part and place:
+                pattern = rename.pattern.replace("*", "".join(part.groups()))
+                return name[: place.start()] + pattern + name[place.end() :]
+        return name
 
 
 class Filling:
@@ -242,8 +257,13 @@ class Filling:
             ModelLoadError: parts of a merged layer that share this tensor bring different values.
         """
         place, shared = self._place(move)
+        spec = self._plan.spec(move.target)
         for row, piece in move.file.chunks(move.stored):
-            rows = place[row : row + len(piece)] if piece.shape else place
+            rows = place
+            if piece.shape and not spec.broadcast:
+                rows = place[row * spec.repeat : (row + len(piece)) * spec.repeat]
+            if spec.repeat > 1:
+                piece = piece.repeat_interleave(spec.repeat, 0)[: len(rows)]
             if shared and not torch.equal(rows, piece.to(rows)):
                 raise ModelLoadError(
                     f"{move.stored.name} ({move.file.path}) differs from that of the other parts of "
