@@ -1,4 +1,4 @@
-"""Verification of drafts: greedy output is that of plain decoding; stochastic output has the target's distribution."""
+"""Verification of drafts: output is that of plain decoding, token by token, or else has the target's distribution."""
 
 from __future__ import annotations
 
@@ -93,6 +93,65 @@ def test_logprobs_of_accepted_drafts_come_from_their_own_rows(make):
     expected = logits.double().log_softmax(-1).amax(-1)[:2].tolist()
     assert [entry.logprob for entry in sampled.logprobs[0]] == pytest.approx(expected, abs=1e-5)
     assert sampled.logprobs[1] is None
+
+
+# --- coupled ---
+
+
+def sampled_alone(make, model, rows, length):
+    """The tokens of each request without drafts."""
+    known = [list(row.token_ids) for row in rows]
+    sampler = make.sampler(len(model), *rows)
+    for _ in range(length):
+        logits = model[[k[-1] for k in known]]
+        plan = make.plan(range(len(rows)), [len(k) for k in known])
+        for k, tokens in zip(known, sampler.step(plan, logits).token_ids, strict=True):
+            k += tokens
+    return known
+
+
+def sampled_with_drafts(make, model, rows, expected, accuracy, rng):
+    """The tokens of each request, and the share of accepted drafts, if each draft is right with chance ``accuracy``."""
+    known = [list(row.token_ids) for row in rows]
+    sampler = make.sampler(len(model), *rows)
+    drafted = accepted = 0
+    while short := [i for i in range(len(rows)) if len(known[i]) < len(expected[i])]:
+        rng.shuffle(short)
+        drafts = []
+        for i in short:
+            right = expected[i][len(known[i]) :][: rng.randint(0, 4)]
+            drafts.append([token if rng.random() < accuracy else rng.randrange(len(model)) for token in right])
+        logits = torch.cat([model[[known[i][-1], *d]] for i, d in zip(short, drafts, strict=True)])
+        sampled = sampler.step(make.plan(short, [len(known[i]) for i in short], drafts), logits)
+        for i, d, tokens in zip(short, drafts, sampled.token_ids, strict=True):
+            known[i] += tokens
+            drafted += len(d)
+            accepted += len(tokens) - 1
+    return [k[: len(e)] for k, e in zip(known, expected, strict=True)], accepted / drafted
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_sampled_tokens_are_the_same_with_and_without_drafts(seed, accuracy, make):
+    rng = random.Random(seed)
+    vocab = 15
+    model = torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(seed))
+    settings = [{}, {"temperature": 0.6}, {"temperature": 0}, {"top_p": 0.8, "top_k": 5}, {"min_p": 0.1}]
+    settings.append({"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logit_bias": {3: 2.0}})
+    rows = [make.row(i, SamplingParams(**given), seed=100 * seed + i) for i, given in enumerate(settings)]
+    expected = sampled_alone(make, model, rows, 20)
+    found, share = sampled_with_drafts(make, model, rows, expected, accuracy, rng)
+    assert found == expected
+    assert share == 1 if accuracy == 1 else share < accuracy + 0.2
+
+
+def test_a_draft_without_probabilities_is_accepted_as_often_as_the_model_would_choose_it(make, crowd):
+    sampler = crowd("plain")
+    for draft in range(VOCAB):
+        plan = make.plan(range(REQUESTS), [len(PROMPT)] * REQUESTS, [[draft]] * REQUESTS)
+        sampled = sampler.step(plan, MODEL[[PROMPT[-1], draft]].repeat(REQUESTS, 1)).token_ids
+        share = sum(len(tokens) == 2 for tokens in sampled) / REQUESTS
+        assert share == pytest.approx(float(MODEL[PROMPT[-1]].softmax(-1)[draft]), abs=0.01)
 
 
 # --- stochastic ---
@@ -219,28 +278,24 @@ def test_the_target_distribution_is_preserved(drafter, filters, k, make, crowd, 
     assert p_value(outputs[:, :3], joint_distribution(oracle, params, min(3, k + 1))) > 0.01
 
 
-def accept_always(self):
-    return self._drafts_S != NO_TOKEN
+def accept_always(probs, params, drafts, draft_probs):
+    return torch.ones_like(drafts, dtype=torch.bool)
 
 
-def recover_from_target(self, rows):
-    target = self._filtered_SV[rows]
-    return (target.softmax(-1).cumsum(-1) < torch.rand(len(rows), 1, generator=GENERATOR)).sum(-1)
+def accept_half_as_often(probs, params, drafts, draft_probs):
+    return survives(probs, params, drafts, draft_probs) & (torch.rand(len(drafts), generator=GENERATOR) < 0.5)
 
 
-def accept_half_as_often(self):
-    return accept_right(self) & (torch.rand(len(self._drafts_S), generator=GENERATOR) < 0.5)
+def accept_as_if_deterministic(probs, params, drafts, draft_probs):
+    return survives(probs, params, drafts, torch.ones_like(draft_probs))
 
 
-def accept_as_if_deterministic(self):
-    probs, self._draft_probs_SV = self._draft_probs_SV, None
-    accepted = accept_right(self)
-    self._draft_probs_SV = probs
-    return accepted
+def recover_from_target(probs, params, draft_probs):
+    return recover(probs, params, torch.zeros_like(draft_probs))
 
 
 GENERATOR = torch.Generator()
-accept_right = verify_module._Target._survives
+survives, recover = verify_module._survives, verify_module._recover
 BROKEN = {
     "accepts always": ("_survives", accept_always),
     "recovers from the target": ("_recover", recover_from_target),
@@ -252,7 +307,7 @@ BROKEN = {
 @pytest.mark.parametrize(("name", "replacement"), BROKEN.values(), ids=BROKEN.keys())
 def test_a_broken_verifier_is_caught(name, replacement, make, crowd, oracle, monkeypatch):
     GENERATOR.manual_seed(0)
-    monkeypatch.setattr(verify_module._Target, name, replacement)
+    monkeypatch.setattr(verify_module, name, replacement)
     outputs = run_requests(make, crowd("plain"), DRAFTERS["uniform"], 2, ragged=False)
     assert p_value(outputs, joint_distribution(oracle, SamplingParams(), 3)) < 1e-6
 

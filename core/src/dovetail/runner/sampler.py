@@ -20,7 +20,7 @@ from dovetail.runner.logit_rules import LogitRules
 from dovetail.runner.logprobs import token_logprobs
 from dovetail.runner.sample_rows import NO_TOKEN, SampleRows
 from dovetail.runner.sampling_table import SamplingTable
-from dovetail.runner.verify import POISONED, DraftProbs, verify
+from dovetail.runner.verify import POISONED, DraftProbs, verify, verify_drawn
 
 NOT_ASKED = -1
 ALL_FORBIDDEN = "No token can be chosen: allowed_token_ids holds only tokens that min_tokens still forbids."
@@ -107,14 +107,16 @@ class Sampler:
     def _choose(self, rows: SampleRows, logits_SV: Tensor, draft_probs: DraftProbs | None) -> list[list[int]]:
         logits_SV = self._rules.apply(logits_SV, rows)
         params = self._table.gather(rows)
-        if rows.has_drafts:
-            draft_probs_SV = None if draft_probs is None or params.all_greedy else draft_probs.gather(rows)
-            tokens_RK = verify(logits_SV, params, rows, draft_probs_SV)
-            return [[token for token in tokens if token != NO_TOKEN] for tokens in tokens_RK.tolist()]
         tokens_S1 = self._ops.sample(logits_SV, params).unsqueeze(1)
         tokens_S1 = torch.where(logits_SV.gather(1, tokens_S1).isfinite(), tokens_S1, POISONED)
-        token_ids: list[list[int]] = tokens_S1.tolist()
-        return token_ids
+        if not rows.has_drafts:
+            token_ids: list[list[int]] = tokens_S1.tolist()
+            return token_ids
+        if draft_probs is None or params.all_greedy:
+            tokens_RK = verify(tokens_S1.squeeze(1), rows)
+        else:
+            tokens_RK = verify_drawn(tokens_S1.squeeze(1), rows, logits_SV, params, draft_probs.gather(rows))
+        return [[token for token in tokens if token != NO_TOKEN] for tokens in tokens_RK.tolist()]
 
     def _take_out_poisoned(self, rows: SampleRows, logits_SV: Tensor, sampled: SampledStep) -> None:
         for column, start in zip(rows.columns, rows.starts_R.tolist(), strict=True):
