@@ -21,8 +21,9 @@ def test_table_shows_what_each_provides_and_why_it_failed(broken, capsys):
     assert run(["plugins"]) == 0
     captured = capsys.readouterr()
     assert "platform: cpu" in captured.out
-    assert "attention: cpu, reference" in captured.out
-    assert "plugin 'broken' (dist-broken 4.2) failed: ModuleNotFoundError" in captured.out
+    assert "attention: cpu, blocked, reference" in captured.out
+    assert "plugin 'broken' (dist-broken 4.2) is quarantined: ModuleNotFoundError" in captured.out
+    assert "Or leave it out with DOVETAIL_DISABLE_PLUGINS=broken." in captured.out
     assert "Traceback (most recent call last)" in captured.out
     assert captured.err == "", "the table says it; no warning besides"
 
@@ -38,11 +39,12 @@ def test_disabled_plugin_is_shown(broken, capsys, monkeypatch):
 def test_json_form(broken, capsys):
     assert run(["plugins", "--json"]) == 0
     found = {plugin["name"]: plugin for plugin in json.loads(capsys.readouterr().out)["plugins"]}
-    keys = {"name", "distribution", "version", "state", "asked", "error", "traceback", "provides"}
+    keys = {"name", "distribution", "version", "state", "asked", "error", "remedy", "traceback", "provides"}
+    keys |= {"warnings", "seconds"}
     assert all(set(plugin) == keys for plugin in found.values())
     assert found["builtin"]["provides"]["platforms"] == ["cpu"]
     failed = found["broken"]
-    assert (failed["distribution"], failed["version"], failed["state"]) == ("dist-broken", "4.2", "failed")
+    assert (failed["distribution"], failed["version"], failed["state"]) == ("dist-broken", "4.2", "quarantined")
     assert "no_such_module_shown" in failed["error"]
 
 

@@ -47,7 +47,8 @@ def fail(site, source, **kwargs):
     install(site, "good", GOOD)
     discovery = PluginHost().discover()
     broken = status(discovery, "broken")
-    assert broken.state == "failed"
+    assert broken.state == "quarantined"
+    assert "DOVETAIL_DISABLE_PLUGINS=broken" in broken.remedy
     assert (broken.distribution, broken.version) == ("dist-broken", "1.0")
     assert "Traceback" in broken.traceback
     assert status(discovery, "good").state == "loaded"
@@ -61,7 +62,7 @@ def test_core_registers_its_own_parts_through_the_same_hooks(site):
     discovery = PluginHost().discover()
     builtin = status(discovery, "builtin")
     assert builtin.distribution == "dovetail-core"
-    assert builtin.provides == {"platforms": ("cpu",), "attention": ("cpu", "reference"), "quant": ("none",)}
+    assert builtin.provides == {"platforms": ("cpu",), "attention": ("cpu", "blocked", "reference"), "quant": ("none",)}
     assert discovery.registries.platforms.get("cpu").plugin == "builtin"
 
 
@@ -109,7 +110,8 @@ def {hook}(register): register({manifest}, "a.b:C")
 
 def test_import_error(site):
     broken = fail(site, "import no_such_module_anywhere")
-    assert broken.error == "ModuleNotFoundError: No module named 'no_such_module_anywhere'"
+    assert broken.error == "ModuleNotFoundError: No module named 'no_such_module_anywhere'."
+    assert "does not declare it as a dependency" in broken.remedy
 
 
 def test_syntax_error(site):
@@ -117,7 +119,7 @@ def test_syntax_error(site):
 
 
 def test_exit_at_import_does_not_end_the_host(site):
-    assert fail(site, "raise SystemExit('bye')").error == "SystemExit: bye"
+    assert fail(site, "raise SystemExit('bye')").error == "SystemExit: bye."
 
 
 def test_raising_hook_loses_what_it_registered_before(site):
@@ -127,7 +129,7 @@ def dovetail_register_attention_backends(register):
     raise RuntimeError("no driver\\nline two")
 """
     broken = fail(site, chip("chip") + source)
-    assert broken.error == "RuntimeError: no driver line two"
+    assert broken.error == "RuntimeError: no driver line two."
     assert broken.provides == {"platforms": ("chip",)}, "what was lost is named"
 
 
@@ -171,7 +173,7 @@ def dovetail_register_models(register):
 def test_wrong_contract_version(site):
     broken = fail(site, chip("chip", api=7))
     assert "version 7 of the platform contract" in broken.error
-    assert "speaks version 1" in broken.error
+    assert "speaks version 1 and accepts plugins made for 1. Install a newer release of dovetail-core." in broken.error
 
 
 def test_wrong_manifest_type(site):
@@ -199,7 +201,7 @@ def test_two_distributions_with_one_plugin_name(site):
     install(site, "twin", GOOD, distribution="dist-a")
     install(site, "twin", GOOD, distribution="dist-b")
     first, second = [p for p in PluginHost().discover().plugins if p.name == "twin"]
-    assert (first.state, second.state) == ("loaded", "failed")
+    assert (first.state, second.state) == ("loaded", "quarantined")
     assert first.distribution in second.error
     assert second.distribution in second.error
 
@@ -219,7 +221,10 @@ def test_asked_for_failure_is_marked_and_not_a_mere_warning(site, caplog, monkey
     monkeypatch.setenv("DOVETAIL_PLUGINS", "wanted")
     with caplog.at_level(logging.WARNING, logger="dovetail.plugins"):
         discovery = PluginHost().discover()
-    assert status(discovery, "wanted").asked
+    wanted = status(discovery, "wanted")
+    assert (wanted.asked, wanted.state) == (True, "failed")
+    with pytest.raises(PluginLoadError, match=r"plugin 'wanted' \(dist-wanted 1.0\), which failed: ModuleNotFound"):
+        discovery.registries.refuse_broken()
     assert not caplog.records
 
 

@@ -55,8 +55,8 @@ def test_miss_mentions_plugins_that_are_broken_or_switched_off():
     common = {"distribution": "d", "version": "1"}
     registries.freeze(
         (
-            PluginStatus(name="early", state="failed", error="ImportError: libx", **common),
-            PluginStatus(name="late", state="failed", error="KeyError: 1", provides={"quant": ("q8",)}, **common),
+            PluginStatus(name="early", state="quarantined", error="ImportError: libx", **common),
+            PluginStatus(name="late", state="quarantined", error="KeyError: 1", provides={"quant": ("q8",)}, **common),
             PluginStatus(name="off", state="disabled", **common),
             PluginStatus(name="fine", state="loaded", **common),
         )

@@ -10,7 +10,7 @@ from dovetail.runner.load import load_selection
 
 
 def part(target):
-    return Selection(name="toy", target=target, distribution="dovetail-toy", version="1.2", why="for a test")
+    return Selection(name="toy", target=target, distribution="dovetail-toy", version="1.2", why="", plugin="games")
 
 
 def test_load():
@@ -19,5 +19,5 @@ def test_load():
 
 @pytest.mark.parametrize("target", ["no_such_module:X", "dovetail.config:NoSuchClass"])
 def test_failure_names_the_part_and_its_distribution(target):
-    with pytest.raises(PluginLoadError, match=r"'toy' of dovetail-toy 1\.2 failed to import " + target):
+    with pytest.raises(PluginLoadError, match=rf"'toy' of plugin 'games' \(dovetail-toy 1\.2\) cannot .* {target}"):
         load_selection(part(target))

@@ -11,7 +11,7 @@ from dovetail.cli.options import json_option
 from dovetail.plugins.host import PluginHost
 from dovetail.plugins.registry import PluginStatus
 
-_STYLES = {"loaded": "green", "failed": "red", "disabled": "yellow"}
+_STYLES = {"loaded": "green", "quarantined": "red", "failed": "red", "disabled": "yellow"}
 _NOUNS = {
     "platforms": "platform",
     "attention": "attention",
@@ -24,7 +24,7 @@ _NOUNS = {
 @click.command()
 @json_option
 def plugins(as_json: bool) -> None:
-    """List installed plugins: what each provides, and why it failed if it did."""
+    """List installed plugins: what each provides, why it failed if it did, and what to do about it."""
     found = PluginHost().discover(warn=False).plugins
     if as_json:
         click.echo(json.dumps({"plugins": [msgspec.to_builtins(plugin) for plugin in found]}, indent=2))
@@ -41,12 +41,14 @@ def _print_table(found: tuple[PluginStatus, ...]) -> None:
     table = Table("plugin", "distribution", "version", "state", "provides")
     for plugin in found:
         state = Text(plugin.state, style=_STYLES[plugin.state])
-        provides = "" if plugin.state == "failed" else "\n".join(_provided(plugin))
+        provides = "" if plugin.broken else "\n".join(_provided(plugin))
         table.add_row(plugin.name, plugin.distribution, plugin.version, state, Text(provides or "–"))
     console.print(table)
     for plugin in found:
-        if plugin.state == "failed":
-            console.print(Text(f"\n{plugin.owner} failed: {plugin.error}", style="red"))
+        for warning in plugin.warnings:
+            console.print(Text(f"\n{plugin.owner}: {warning}", style="yellow"), soft_wrap=True)
+        if plugin.broken:
+            console.print(Text(f"\n{plugin.owner} is {plugin.state}: {plugin.failure}", style="red"), soft_wrap=True)
             console.print(Text(plugin.traceback or ""), soft_wrap=True)
 
 

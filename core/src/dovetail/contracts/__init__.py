@@ -15,3 +15,9 @@ API_VERSIONS = {
     "executor": 1,
 }
 """The version of each contract that this core speaks."""
+
+
+def accepted(contract: str) -> tuple[int, ...]:
+    """The versions that a plugin may be written for: this core's, and the one before it if there was one."""
+    version = API_VERSIONS[contract]
+    return tuple(range(max(1, version - 1), version + 1))

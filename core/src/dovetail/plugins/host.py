@@ -9,58 +9,32 @@ is always loaded: it holds the reference implementations that everything else is
 
 from __future__ import annotations
 
-import inspect
 import logging
-import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from types import ModuleType
 from typing import Any
 
 import msgspec
 import pluggy
 
-from dovetail import env, hookspecs
+from dovetail import deprecations, env, hookspecs
 from dovetail.contracts import API_VERSIONS
-from dovetail.errors import ConfigError, PluginConflictError, PluginLoadError
-from dovetail.plugins.manifest import (
-    AttentionManifest,
-    Manifest,
-    ModelManifest,
-    PlatformManifest,
-    QuantManifest,
-    SpecDecoderManifest,
-)
+from dovetail.errors import ConfigError, PluginConflictError
+from dovetail.plugins import remedy
+from dovetail.plugins.light_import import light_imports, slowness, watched
+from dovetail.plugins.manifest import Manifest
+from dovetail.plugins.registration import HOOKS, Hook, check_functions, check_registration
 from dovetail.plugins.registry import Entry, PluginStatus, Registries, nearest
+from dovetail.plugins.requirements import explain_unmet
 
 GROUP = "dovetail"
 BUILTIN = "builtin"
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
-_TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-
 _logger = logging.getLogger("dovetail.plugins")
 _warned: set[tuple[str, str]] = set()
-
-
-class Hook(msgspec.Struct, frozen=True):
-    """One registration hook: which registry it fills, with which manifests, of which contract."""
-
-    name: str
-    kind: str
-    manifest: type[Manifest]
-    contract: str
-
-
-HOOKS = (
-    Hook("dovetail_register_platforms", "platforms", PlatformManifest, "platform"),
-    Hook("dovetail_register_attention_backends", "attention", AttentionManifest, "attention"),
-    Hook("dovetail_register_models", "models", ModelManifest, "model"),
-    Hook("dovetail_register_quant_methods", "quant", QuantManifest, "quant"),
-    Hook("dovetail_register_spec_decoders", "spec_decoders", SpecDecoderManifest, "specdec"),
-)
 
 
 class Discovery(msgspec.Struct, frozen=True):
@@ -138,73 +112,128 @@ class PluginHost:
             )
 
     def _load(self, point: EntryPoint, registries: Registries, earlier: PluginStatus | None) -> PluginStatus:
-        distribution, version = _origin(point)
         asked = point.name in (self._allow or ())
-
-        def status(
-            state: str, staged: Iterable[tuple[Hook, Entry[Any]]] = (), **details: str
-        ) -> PluginStatus:
-            return PluginStatus(
-                name=point.name,
-                distribution=distribution,
-                version=version,
-                state=state,
-                asked=asked,
-                provides=_provides(staged),
-                **details,
-            )
-
+        distribution, version = _origin(point)
+        status = PluginStatus(
+            name=point.name, distribution=distribution, version=version, state="loaded", asked=asked
+        )
         allowed = self._allow is None or asked or point.name == BUILTIN
         if not allowed or point.name in self._disable:
-            return status("disabled")
-        staged: list[tuple[Hook, Entry[Any]]] = []
+            return msgspec.structs.replace(status, state="disabled")
+        loading = _Loading(point, status, registries, trace=self._trace)
+        begin = time.perf_counter()
         try:
             if earlier is not None:
                 raise PluginConflictError(
                     f"Two installed distributions call a plugin {point.name!r}: {earlier.distribution} and "
                     f"{distribution}. Uninstall one."
                 )
-            self._call_hooks(point, registries, distribution, version, staged)
+            loading.call_hooks()
         except (Exception, SystemExit) as error:  # noqa: BLE001  whatever a plugin raises is its own failure
-            for hook, entry in staged:
-                registries.by_kind()[hook.kind].drop(entry)
-            return status("failed", staged, error=_one_line(error), traceback=traceback.format_exc())
-        return status("loaded", staged)
+            return loading.failed(error, time.perf_counter() - begin)
+        return loading.succeeded(time.perf_counter() - begin)
 
-    def _call_hooks(
-        self,
-        point: EntryPoint,
-        registries: Registries,
-        distribution: str,
-        version: str,
-        staged: list[tuple[Hook, Entry[Any]]],
-    ) -> None:
-        """Import one plugin and call its hooks, in a plugin manager of its own; fills ``staged``."""
-        module = point.load()
-        _check_functions(module)
-        manager = pluggy.PluginManager(hookspecs.PROJECT)
-        manager.add_hookspecs(hookspecs)
-        manager.register(module, point.name)
-        manager.check_pending()
-        if self._trace:
-            _trace(manager, point.name)
-        for hook in HOOKS:
 
-            def register(manifest: Manifest, target: str, hook: Hook = hook) -> None:
-                entry: Entry[Any] = Entry(
-                    manifest=manifest,
-                    target=target,
-                    plugin=point.name,
-                    distribution=distribution,
-                    version=version,
-                )
-                _check_registration(hook, entry)
-                registries.by_kind()[hook.kind].add(entry)
-                staged.append((hook, entry))
-                if self._trace:
-                    _say(f"{point.name}: + {hook.kind} {manifest.name} -> {target}")
+class _Loading:
+    """One plugin while it is loaded.
 
-            getattr(manager.hook, hook.name)(register=register)
+    Args:
+        status: what is known beforehand.
+        trace: print its hook calls and registrations.
+    """
+
+    def __init__(self, point: EntryPoint, status: PluginStatus, registries: Registries, *, trace: bool) -> None:
+        self._point = point
+        self._status = status
+        self._registries = registries
+        self._trace = trace
+        self._staged: list[tuple[Hook, Entry[Any]]] = []
+        self._hooks: list[str] = []
+
+    def call_hooks(self) -> None:
+        """Import the plugin and call its hooks, in a plugin manager of its own.
+
+        Raises:
+            Exception: whatever is wrong with it.
+        """
+        name = self._point.name
+        with watched(self._status.owner, name), light_imports():
+            module = self._point.load()
+            self._hooks = check_functions(module)
+            manager = pluggy.PluginManager(hookspecs.PROJECT)
+            manager.add_hookspecs(hookspecs)
+            manager.register(module, name)
+            manager.check_pending()
+            if self._trace:
+                _trace(manager, name)
+            for hook in HOOKS:
+                getattr(manager.hook, hook.name)(register=self._register_for(hook))
+
+    def failed(self, error: BaseException, seconds: float) -> PluginStatus:
+        """Take back what it registered, and say what went wrong."""
+        for hook, entry in self._staged:
+            self._registries.by_kind()[hook.kind].drop(entry)
+        status = self._status
+        cure = remedy.for_exception(error, status.distribution, self._point.module)
+        way_out = (
+            "Or take it off DOVETAIL_PLUGINS."
+            if status.asked
+            else f"Or leave it out with DOVETAIL_DISABLE_PLUGINS={status.name}."
+        )
+        return msgspec.structs.replace(
+            status,
+            state="failed" if status.asked else "quarantined",
+            error=remedy.one_line(error),
+            remedy=f"{cure} {way_out}",
+            traceback="".join(traceback.format_exception(error)),
+            provides=_provides(self._staged),
+            seconds=seconds,
+        )
+
+    def succeeded(self, seconds: float) -> PluginStatus:
+        """Say what it provides, and what is not right nevertheless."""
+        warnings = [slowness(seconds), *map(_old_version, self._staged), *map(_lacking, self._staged)]
+        warnings += [deprecations.notice(deprecations.hook(name)) for name in self._hooks]
+        return msgspec.structs.replace(
+            self._status,
+            provides=_provides(self._staged),
+            warnings=tuple(dict.fromkeys(warning for warning in warnings if warning)),
+            seconds=seconds,
+        )
+
+    def _register_for(self, hook: Hook) -> Callable[[Manifest, str], None]:
+        def register(manifest: Manifest, target: str) -> None:
+            status = self._status
+            entry: Entry[Any] = Entry(
+                manifest=manifest,
+                target=target,
+                plugin=status.name,
+                distribution=status.distribution,
+                version=status.version,
+            )
+            check_registration(hook, entry)
+            self._registries.by_kind()[hook.kind].add(entry)
+            self._staged.append((hook, entry))
+            if self._trace:
+                _say(f"{status.name}: + {hook.kind} {manifest.name} -> {target}")
+
+        return register
+
+
+def _old_version(staged: tuple[Hook, Entry[Any]]) -> str:
+    """A warning, if it is registered for the contract's previous version; else nothing."""
+    hook, entry = staged
+    if entry.manifest.api == API_VERSIONS[hook.contract]:
+        return ""
+    what = deprecations.contract(hook.contract, entry.manifest.api)
+    return f"{entry.name!r} is made for an old contract: {deprecations.notice(what)}"
+
+
+def _lacking(staged: tuple[Hook, Entry[Any]]) -> str:
+    """A warning, if something that it requires is not installed; else nothing."""
+    _, entry = staged
+    gap = explain_unmet(entry.manifest.requires)
+    return f"{entry.name!r} cannot be used: it {gap}." if gap else ""
 
 
 def _origin(point: EntryPoint) -> tuple[str, str]:
@@ -218,55 +247,6 @@ def _provides(staged: Iterable[tuple[Hook, Entry[Any]]]) -> dict[str, tuple[str,
     for hook, entry in staged:
         provides[hook.kind] = (*provides.get(hook.kind, ()), entry.name)
     return provides
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(line.strip() for line in str(error).splitlines()).strip()
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _check_functions(module: Any) -> None:
-    """Refuse functions that look like hooks and would never be called.
-
-    Raises:
-        PluginLoadError: a function's name begins like a hook's but is none, or it lacks ``@hookimpl``.
-    """
-    if not isinstance(module, ModuleType):
-        raise PluginLoadError(
-            f"The entry point names {module!r}; it must name a module, without an attribute."
-        )
-    known = [hook.name for hook in HOOKS]
-    for name, function in vars(module).items():
-        if not name.startswith("dovetail_") or not inspect.isfunction(function):
-            continue
-        if name not in known:
-            raise PluginLoadError(f"{name} is not a hook.{nearest(name, known)} Hooks: {', '.join(known)}.")
-        if not hasattr(function, f"{hookspecs.PROJECT}_impl"):
-            raise PluginLoadError(f"{name} lacks @dovetail.hookimpl, so it would never be called; add it.")
-
-
-def _check_registration(hook: Hook, entry: Entry[Any]) -> None:
-    manifest, target = entry.manifest, entry.target
-    if not isinstance(manifest, hook.manifest):
-        raise PluginLoadError(
-            f"{hook.name} registers {manifest!r}; it must be a {hook.manifest.__name__}."
-        )
-    if not isinstance(manifest.name, str) or not _NAME.fullmatch(manifest.name):
-        raise PluginLoadError(
-            f"{hook.name} registers the name {manifest.name!r}; use letters, digits and . _ + - only."
-        )
-    if not isinstance(target, str) or not _TARGET.fullmatch(target):
-        raise PluginLoadError(
-            f"{hook.name} registers {manifest.name!r} with target {target!r}; "
-            "write it as 'package.module:Attribute'."
-        )
-    speaks = API_VERSIONS[hook.contract]
-    if manifest.api != speaks:
-        raise PluginLoadError(
-            f"{hook.name} registers {manifest.name!r} for version {manifest.api} of the {hook.contract} "
-            f"contract; this core speaks version {speaks}. "
-            f"Install a release of {entry.distribution} made for it."
-        )
 
 
 def _trace(manager: pluggy.PluginManager, plugin: str) -> None:
@@ -285,10 +265,10 @@ def _say(line: str) -> None:
 def _warn_once(statuses: Iterable[PluginStatus]) -> None:
     for status in statuses:
         key = (status.name, status.error or "")
-        if status.state == "failed" and not status.asked and key not in _warned:
+        if status.state == "quarantined" and key not in _warned:
             _warned.add(key)
             _logger.warning(
                 "The %s failed to load and is left out: %s `dovetail plugins` shows the details.",
                 status.owner,
-                status.error,
+                status.failure,
             )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from difflib import get_close_matches
-from importlib import import_module
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -22,6 +21,8 @@ from dovetail.plugins.manifest import (
     QuantManifest,
     SpecDecoderManifest,
 )
+from dovetail.plugins.requirements import explain_unmet
+from dovetail.plugins.target import import_target
 
 M = TypeVar("M", bound=Manifest)
 
@@ -61,16 +62,13 @@ class Entry(msgspec.Struct, Generic[M], frozen=True, kw_only=True):
         """Import the target.
 
         Raises:
-            PluginLoadError: the import failed, or the attribute does not exist; names the owner.
+            PluginLoadError: something that it requires is not installed, the import failed, or the attribute does
+                not exist; names the owner, the cause and what to do.
         """
-        module, _, attribute = self.target.partition(":")
-        try:
-            return getattr(import_module(module), attribute)
-        except Exception as error:
-            raise PluginLoadError(
-                f"{self.name!r} of {self.owner} cannot be imported from {self.target}: "
-                f"{type(error).__name__}: {error}. Repair or reinstall {self.distribution}."
-            ) from error
+        gap = explain_unmet(self.manifest.requires)
+        if gap:
+            raise PluginLoadError(f"{self.name!r} of {self.owner} {gap}.")
+        return import_target(self.target, self.name, self.owner, self.distribution)
 
 
 class Registry(msgspec.Struct, Generic[M], kw_only=True):
@@ -230,6 +228,25 @@ class Registries(msgspec.Struct, kw_only=True):
         self.plugins = plugins
         for kind, registry in self.by_kind().items():
             registry.freeze(_hints(kind, plugins))
+
+    def refuse_broken(self) -> None:
+        """Stop if a plugin that was asked for is broken.
+
+        Raises:
+            PluginLoadError: names each, with cause and remedy.
+        """
+        lines = self.failures()
+        if lines:
+            raise PluginLoadError("\n".join(["Cannot start without plugins that were asked for:", *lines]))
+
+    def failures(self) -> list[str]:
+        """One line for each plugin that was asked for and failed."""
+        return [
+            f"DOVETAIL_PLUGINS names {plugin.owner}, which failed: {plugin.failure} "
+            "`dovetail plugins` shows the details."
+            for plugin in self.plugins
+            if plugin.state == "failed"
+        ]
 
     def encode(self) -> bytes:
         """For another process."""

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 from dovetail.config import Selection
-from dovetail.errors import PluginLoadError
+from dovetail.plugins.target import import_target
 
 
 def load_selection(selection: Selection) -> Any:
     """The class that a selection points to.
 
     Raises:
-        PluginLoadError: the import failed; names the part, its distribution and version.
+        PluginLoadError: the import failed; names the part, its owner, the cause and what to do.
     """
-    module, _, attribute = selection.target.partition(":")
-    try:
-        return getattr(import_module(module), attribute)
-    except Exception as error:
-        raise PluginLoadError(
-            f"{selection.name!r} of {selection.distribution} {selection.version} failed to import "
-            f"{selection.target}: {type(error).__name__}: {error}"
-        ) from error
+    return import_target(selection.target, selection.name, selection.owner, selection.distribution)

@@ -1,0 +1,107 @@
+"""What a plugin may register, through which hook, and whether one registration is in order."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from types import ModuleType
+from typing import Any
+
+import msgspec
+
+from dovetail import hookspecs
+from dovetail.contracts import API_VERSIONS, accepted
+from dovetail.errors import PluginLoadError
+from dovetail.plugins.manifest import (
+    AttentionManifest,
+    Manifest,
+    ModelManifest,
+    PlatformManifest,
+    QuantManifest,
+    SpecDecoderManifest,
+)
+from dovetail.plugins.registry import Entry, nearest
+from dovetail.plugins.requirements import parse
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+_TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+class Hook(msgspec.Struct, frozen=True):
+    """One registration hook: which registry it fills, with which manifests, of which contract."""
+
+    name: str
+    kind: str
+    manifest: type[Manifest]
+    contract: str
+
+
+HOOKS = (
+    Hook("dovetail_register_platforms", "platforms", PlatformManifest, "platform"),
+    Hook("dovetail_register_attention_backends", "attention", AttentionManifest, "attention"),
+    Hook("dovetail_register_models", "models", ModelManifest, "model"),
+    Hook("dovetail_register_quant_methods", "quant", QuantManifest, "quant"),
+    Hook("dovetail_register_spec_decoders", "spec_decoders", SpecDecoderManifest, "specdec"),
+)
+
+
+def check_functions(module: Any) -> list[str]:
+    """Refuse functions that look like hooks and would never be called.
+
+    Returns:
+        Names of the hooks that the module implements.
+
+    Raises:
+        PluginLoadError: a function's name begins like a hook's but is none, or it lacks ``@hookimpl``.
+    """
+    if not isinstance(module, ModuleType):
+        raise PluginLoadError(f"The entry point names {module!r}; it must name a module, without an attribute.")
+    known = [hook.name for hook in HOOKS]
+    found = []
+    for name, function in vars(module).items():
+        if not name.startswith("dovetail_") or not inspect.isfunction(function):
+            continue
+        if name not in known:
+            raise PluginLoadError(f"{name} is not a hook.{nearest(name, known)} Hooks: {', '.join(known)}.")
+        if not hasattr(function, f"{hookspecs.PROJECT}_impl"):
+            raise PluginLoadError(f"{name} lacks @dovetail.hookimpl, so it would never be called; add it.")
+        found.append(name)
+    return found
+
+
+def check_registration(hook: Hook, entry: Entry[Any]) -> None:
+    """Refuse a registration that could never work.
+
+    Raises:
+        PluginLoadError: its manifest is of another kind or for another contract version, or a field is malformed.
+    """
+    manifest, target = entry.manifest, entry.target
+    if not isinstance(manifest, hook.manifest):
+        raise PluginLoadError(f"{hook.name} registers {manifest!r}; it must be a {hook.manifest.__name__}.")
+    if not isinstance(manifest.name, str) or not _NAME.fullmatch(manifest.name):
+        raise PluginLoadError(
+            f"{hook.name} registers the name {manifest.name!r}; use letters, digits and . _ + - only."
+        )
+    if not isinstance(target, str) or not _TARGET.fullmatch(target):
+        raise PluginLoadError(
+            f"{hook.name} registers {manifest.name!r} with target {target!r}; "
+            "write it as 'package.module:Attribute'."
+        )
+    for requirement in manifest.requires:
+        parse(requirement)
+    if manifest.api not in accepted(hook.contract):
+        raise PluginLoadError(f"{hook.name} registers {_version_gap(hook, entry)}")
+
+
+def _version_gap(hook: Hook, entry: Entry[Any]) -> str:
+    """Which versions do not meet, and which side has to move."""
+    given, versions = entry.manifest.api, accepted(hook.contract)
+    speaks = " and ".join(str(version) for version in versions)
+    older = isinstance(given, int) and given < versions[0]
+    change = (
+        f"Install a newer release of {entry.distribution}" if older else "Install a newer release of dovetail-core"
+    )
+    return (
+        f"{entry.manifest.name!r} for version {given} of the {hook.contract} contract; this core speaks version "
+        f"{API_VERSIONS[hook.contract]} and accepts plugins made for {speaks}. {change}."
+    )
