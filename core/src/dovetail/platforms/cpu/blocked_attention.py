@@ -68,7 +68,7 @@ class BlockedAttention(AttentionBackend):
     ) -> None:
         self._device = device
         self._kv_dtype = kv_dtype
-        self._limit = torch.finfo(kv_dtype).max
+        self._limit = min(torch.finfo(kv_dtype).max, torch.finfo(dtype).max)
         self._block_size = block_size
         self._span_pages = max(1, SPAN // block_size)
 
@@ -156,6 +156,9 @@ class BlockedAttention(AttentionBackend):
             pages = slice(start // self._block_size, start // self._block_size + self._span_pages)
             blocks_WB = tiles.blocks_WB[:, pages]
             k_WNLK, v_WNLK = self._read(cache.keys, blocks_WB), self._read(cache.values, blocks_WB)
+            # What a block's former owner left is multiplied by 0, and must be finite for that.
+            keys_L = torch.arange(start, start + v_WNLK.shape[2])
+            v_WNLK.masked_fill_((keys_L > tiles.positions_WQ.amax(1, keepdim=True))[:, None, :, None], 0.0)
             scores_WNGQL = q_WNGQK @ k_WNLK.unsqueeze(2).mT
             if spec.soft_cap is not None:
                 scores_WNGQL = spec.soft_cap * torch.tanh(scores_WNGQL / spec.soft_cap)

@@ -65,7 +65,7 @@ class _Registered(Subject):
     registries: Registries | None
 
     def find(self, kind: str) -> Tested:
-        registries = self.registries if self.registries is not None else _installed()
+        registries = self.registries if self.registries is not None else installed()
         entry = registries.by_kind()[kind].get(self.name)
         selection = Selection(
             name=entry.name, target=entry.target, distribution=entry.distribution, version=entry.version, why="tested"
@@ -92,5 +92,6 @@ def selection_of(cls: type, name: str) -> Selection:
 
 
 @cache
-def _installed() -> Registries:
+def installed() -> Registries:
+    """What the installed plugins register."""
     return PluginHost().discover(warn=False).registries

@@ -73,6 +73,12 @@ class Suite:
     subject: ClassVar[Subject]
     scenario_id = ""
 
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Run tests that take ``dtype`` once for each activation dtype that the manifest lists."""
+        if "dtype" in metafunc.fixturenames:
+            names = self.manifest.dtypes
+            metafunc.parametrize("dtype", [getattr(torch, name) for name in names], ids=names)
+
     @pytest.fixture(autouse=True)
     def _gate(self, request: pytest.FixtureRequest) -> None:
         """Know the scenario, and skip what the subject does not claim to do."""
