@@ -91,8 +91,8 @@ def test_drafts_never_change_greedy_tokens(make_engine, demo_model: Path, expect
 @pytest.mark.parametrize(
     ("decoder", "message"),
     [
-        ("CarelessDecoder", r"CarelessDecoder.propose drafted \[8192\], outside the vocabulary of 8192"),
-        ("EagerDecoder", r"EagerDecoder.propose drafted 3 tokens where SpecState.limit was 2"),
+        ("CarelessDecoder", r"CarelessDecoder.propose of plugin .* drafted \[8192\], outside the vocabulary of 8192"),
+        ("EagerDecoder", r"EagerDecoder.propose of plugin .* drafted 3 tokens where SpecState.limit was 2"),
     ],
 )
 def test_drafts_that_break_the_contract_name_the_decoder(

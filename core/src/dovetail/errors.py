@@ -5,6 +5,7 @@ DovetailError
 │   └── ResolutionError      the resolver's refusal, with every reason
 ├── PluginError              a plugin that cannot be used
 │   ├── PluginLoadError      import, hook or contract failure, with plugin, distribution and version
+│   ├── PluginRunError       a plugin that broke while it ran, with plugin, distribution and version
 │   ├── PluginConflictError  two plugins register the same name
 │   └── UnknownNameError     a name nobody registered
 ├── ModelLoadError           checkpoint files that do not fit the model
@@ -31,12 +32,14 @@ class ConfigError(DovetailError):
 
 
 class ResolutionError(ConfigError):
-    """The resolver's refusal. ``reasons`` holds one line per obstacle."""
+    """The resolver's refusal. ``reasons`` holds one line per obstacle, ``nearest`` one about what would work."""
 
-    def __init__(self, headline: str, reasons: Sequence[str]) -> None:
+    def __init__(self, headline: str, reasons: Sequence[str], nearest: str = "") -> None:
         self.headline = headline
         self.reasons = tuple(reasons)
-        super().__init__("\n".join([headline, *(f"  - {reason}" for reason in self.reasons)]))
+        self.nearest = nearest
+        closing = [nearest] if nearest else []
+        super().__init__("\n".join([headline, *(f"  - {reason}" for reason in self.reasons), *closing]))
 
 
 class PluginError(DovetailError):
@@ -45,6 +48,10 @@ class PluginError(DovetailError):
 
 class PluginLoadError(PluginError):
     """A plugin that failed to import, to register, or to keep its contract."""
+
+
+class PluginRunError(PluginError):
+    """A plugin that broke, or broke its contract, while it ran."""
 
 
 class PluginConflictError(PluginError):

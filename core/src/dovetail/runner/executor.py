@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
-
-import torch
+from collections.abc import Sequence
 
 from dovetail.config import EngineConfig
-from dovetail.contracts.attention import AttentionBackend
 from dovetail.contracts.executor import Executor, ExecutorInfo, Progress
-from dovetail.contracts.model import Model, ModelContext, ModelFacts
-from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Platform, PlatformConfig
 from dovetail.contracts.specdec import SpecConfig, SpecDecoder
+from dovetail.errors import PluginLoadError, PluginRunError
 from dovetail.kv.groups import group_layers
 from dovetail.messages import StepPlan, StepResult
+from dovetail.plugins.blame import blaming
 from dovetail.runner import kv_memory
+from dovetail.runner.checked_decoder import CheckedDecoder
+from dovetail.runner.draft_model import DraftRunner
+from dovetail.runner.draft_memory import draft_blocks, draft_bytes_per_block, draft_runner
+from dovetail.runner.forward import ForwardPass
 from dovetail.runner.load import load_selection
-from dovetail.runner.loader import load_weights
+from dovetail.runner.loaded_model import LoadedModel
+from dovetail.runner.proposer import Proposer
 from dovetail.runner.runner import ModelRunner
 from dovetail.runner.sampler import Sampler
 from dovetail.runner.slots import SlotTables
@@ -33,45 +35,28 @@ class LocalExecutor(Executor):
 
     def load(self, progress: Progress) -> ExecutorInfo:
         """Build platform, model, cache and runner; then warm up the shape policy's ladder."""
+        with blaming(self._config, "loading", PluginLoadError):
+            return self._load(progress)
+
+    def _load(self, progress: Progress) -> ExecutorInfo:
         config = self._config
         start = time.perf_counter()
         platform: Platform = load_selection(config.platform)(PlatformConfig(num_threads=config.num_threads))
-        dtype: torch.dtype = getattr(torch, config.dtype)
-        ops = OpTable.resolve(platform.ops(dtype), owner=f"platform {config.platform.name}")
-        facts, model = self._load_model(platform, ops, dtype, progress)
-        backend: AttentionBackend = load_selection(config.attention)(
-            ops=ops,
-            device=platform.device,
-            dtype=dtype,
-            kv_dtype=getattr(torch, config.kv_dtype),
-            block_size=config.block_size,
+        main = LoadedModel.load(config, platform, progress)
+        drafter = None if config.draft is None else LoadedModel.load(config.draft, platform, progress)
+        groups = group_layers([(spec.window, spec.num_kv_heads, spec.head_size) for spec in main.facts.attention])
+        bytes_per_block = main.block_bytes(groups)
+        draft_bytes = 0 if drafter is None else draft_bytes_per_block(drafter, groups)
+        blocks = kv_memory.num_blocks(config, bytes_per_block + draft_bytes, groups, platform.memory().available)
+        tables = SlotTables(
+            config.max_num_seqs, config.max_model_len, config.block_size, len(groups), platform.device
         )
-        groups = group_layers([(spec.window, spec.num_kv_heads, spec.head_size) for spec in facts.attention])
-        bytes_per_block = kv_memory.block_bytes(facts.attention, groups, backend)
-        blocks = kv_memory.num_blocks(config, bytes_per_block, groups, platform.memory().available)
-        shapes = platform.shape_policy(config.max_num_batched_tokens, config.max_num_seqs)
-        self._runner = ModelRunner(
-            platform=platform,
-            model=model,
-            backend=backend,
-            specs=facts.attention,
-            groups=groups,
-            caches=kv_memory.allocate(facts.attention, groups, backend, blocks),
-            tables=SlotTables(
-                config.max_num_seqs, config.max_model_len, config.block_size, len(groups), platform.device
-            ),
-            sampler=Sampler(config.max_num_seqs, config.vocab_size, platform.device, ops),
-            shapes=shapes,
-            spec_decoder=self._spec_decoder(platform.device),
-            num_speculative_tokens=config.num_speculative_tokens,
-            vocab_size=config.vocab_size,
-        )
+        draft = None if drafter is None else draft_runner(drafter, draft_blocks(config, blocks, groups), tables)
+        forward = main.forward_pass(groups, blocks, tables, 1 + config.num_speculative_tokens)
+        sampler = Sampler(config.max_num_seqs, config.vocab_size, platform.device, main.ops)
+        self._runner = ModelRunner(forward, sampler, self._proposer(tables, draft))
         loaded = time.perf_counter()
-        ladder = shapes.ladder()
-        for done, bucket in enumerate(ladder):
-            progress.update("warm-up", done, len(ladder))
-            self._runner.warm_up(bucket)
-        progress.update("warm-up", len(ladder), len(ladder))
+        _warm_up([forward] if draft is None else [forward, draft.forward], progress)
         return ExecutorInfo(
             num_blocks=blocks,
             block_size=config.block_size,
@@ -84,31 +69,14 @@ class LocalExecutor(Executor):
     def run(self, plan: StepPlan) -> StepResult:
         """Run one step."""
         assert self._runner is not None, "run before load"
-        return self._runner.run(plan)
+        with blaming(self._config, "running a step", PluginRunError):
+            return self._runner.run(plan)
 
     def close(self) -> None:
         """Drop model and cache."""
         self._runner = None
 
-    def _load_model(
-        self, platform: Platform, ops: OpTable, dtype: torch.dtype, progress: Progress
-    ) -> tuple[ModelFacts, Model]:
-        config = self._config
-        model_class: type[Model] = load_selection(config.model)
-        quant_class = load_selection(config.quant)
-        context = ModelContext(
-            ops=ops,
-            dtype=dtype,
-            device=platform.device,
-            quant=quant_class(config.hf_config.get("quantization_config")),
-            max_model_len=config.max_model_len,
-        )
-        with torch.inference_mode():
-            model = model_class(config.hf_config, context)
-            load_weights(model, Path(config.model_path), progress)
-        return model_class.facts(config.hf_config), model
-
-    def _spec_decoder(self, device: torch.device) -> SpecDecoder | None:
+    def _proposer(self, tables: SlotTables, draft: DraftRunner | None) -> Proposer | None:
         config = self._config
         if config.spec_decoder is None:
             return None
@@ -118,6 +86,16 @@ class LocalExecutor(Executor):
             max_model_len=config.max_model_len,
             vocab_size=config.vocab_size,
             options=config.spec_options,
+            draft=draft,
         )
-        decoder: SpecDecoder = load_selection(config.spec_decoder)(spec_config, device)
-        return decoder
+        decoder: SpecDecoder = load_selection(config.spec_decoder)(spec_config, tables.tokens_SL.device)
+        checked = CheckedDecoder(decoder, config.spec_decoder, spec_config)
+        return Proposer(checked, draft, tables, config.num_speculative_tokens)
+
+
+def _warm_up(passes: Sequence[ForwardPass], progress: Progress) -> None:
+    buckets = [(forward, bucket) for forward in passes for bucket in forward.ladder]
+    for done, (forward, bucket) in enumerate(buckets):
+        progress.update("warm-up", done, len(buckets))
+        forward.warm_up(bucket)
+    progress.update("warm-up", len(buckets), len(buckets))
