@@ -35,6 +35,30 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
         return owner(self.plugin, self.distribution, self.version)
 
 
+class Rejected(msgspec.Struct, frozen=True, kw_only=True):
+    """A candidate that was not taken, and why."""
+
+    name: str
+    plugin: str
+    distribution: str
+    reasons: tuple[str, ...]
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """One option that had to change for the rest to work.
+
+    Attributes:
+        option: as on the command line, e.g. ``"--attention"``.
+        asked, got: its value before and after, as one would type it; ``"(not given)"`` where it is left out.
+        why: the obstacles that the change removes.
+    """
+
+    option: str
+    asked: str
+    got: str
+    why: tuple[str, ...]
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine runs. Made by :func:`dovetail.resolver.resolve` alone.
 
@@ -47,6 +71,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         eos_token_ids: from generation_config.json, else config.json.
         kv_cache_memory: bytes, or None for the default rule.
         spec_options: the speculator's own section; ``num_speculative_tokens`` is 0 without a speculator.
+        draft: what runs beside the model to draft for it, if the speculator needs a draft model.
+        rejected: per part, the candidates that were not taken.
+        fallbacks: what ``--allow-fallback`` changed of what was asked for; empty if it runs as asked.
     """
 
     model_path: str
@@ -73,3 +100,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int | None
     num_speculative_tokens: int = 0
     spec_options: dict[str, Any] = {}
+    draft: EngineConfig | None = None
+    rejected: dict[str, tuple[Rejected, ...]] = {}
+    fallbacks: tuple[Change, ...] = ()

@@ -163,8 +163,9 @@ def is_kind(value: object, kind: type) -> bool:
 
 
 def _check_types(options: EngineOptions | ServerOptions) -> None:
+    cls: type = type(options)
     for f in fields(options):
-        value, kind = getattr(options, f.name), kinds(type(options))[f.name]
+        value, kind = getattr(options, f.name), kinds(cls)[f.name]
         if not (is_kind(value, kind) or (value is None and f.default is None)):
             raise ConfigError(f"{flag(f.name)} is {value!r} ({type(value).__name__}); it must be {KIND_WORDS[kind]}.")
 

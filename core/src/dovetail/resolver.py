@@ -1,44 +1,41 @@
 """The resolver: what the user asks for × what is installed × what machine and model are → one configuration.
 
 Every part has candidates in a declared order; each is taken, or rejected with its reasons. All obstacles are
-collected before anything is refused, so that one look shows everything that has to change. ``auto`` picks by
-declared order and priority alone, and every decision can be explained.
+collected before anything is refused, so that one look shows everything that has to change, and the nearest
+configuration that works is searched for. ``auto`` picks by declared order and priority alone, and every decision can
+be explained.
 """
 
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
-from dovetail import checkpoint
-from dovetail.config import EngineConfig
-from dovetail.errors import DovetailError, PluginLoadError, ResolutionError
-from dovetail.options import EngineOptions
-from dovetail.plugins.manifest import PlatformManifest
+from dovetail.config import Change, EngineConfig
+from dovetail.errors import ResolutionError
+from dovetail.options import EngineOptions, arguments
 from dovetail.plugins.registry import Registries
-from dovetail.resolution import attention, model, platform, quantization, speculation
-from dovetail.resolution.decision import Decision, Part, either
-
-if TYPE_CHECKING:
-    from dovetail.contracts.model import ModelFacts
-
-GIB = 2**30
-_AS_GIVEN = (
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "block_size",
-    "enable_prefix_caching",
-    "enable_chunked_prefill",
-    "scheduling_policy",
-    "seed",
-    "num_threads",
-)
-"""Options that the configuration takes over unchanged."""
+from dovetail.resolution.case import Case, Outcome
+from dovetail.resolution.decision import Decision, Part
+from dovetail.resolution.nearest import Found, Search
 
 _logger = logging.getLogger("dovetail.resolver")
+
+
+class Nearest(msgspec.Struct, frozen=True, kw_only=True):
+    """The configuration that works and is nearest to a request that does not.
+
+    Attributes:
+        arguments: the command line that gives it, after the command.
+        changes: the options that differ from the request, fewest possible.
+    """
+
+    arguments: tuple[str, ...]
+    changes: tuple[Change, ...]
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,14 +44,18 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         model_name, model_path: of the checkpoint.
         parts: every part, in the order of decision.
-        reasons: every obstacle; empty if and only if there is a configuration.
-        config: the configuration, or None.
+        reasons: every obstacle to the request as it stands.
+        nearest: what would work instead, if there are reasons and it was found.
+        tried: configurations looked at for it.
+        config: what runs, or None. With reasons it is the nearest configuration, which ``--allow-fallback`` takes.
     """
 
     model_name: str
     model_path: str
     parts: tuple[Part, ...]
     reasons: tuple[str, ...]
+    nearest: Nearest | None = None
+    tried: int = 0
     config: EngineConfig | None
 
 
@@ -66,14 +67,15 @@ def resolve(options: EngineOptions, registries: Registries) -> EngineConfig:
     Raises:
         PluginLoadError: a plugin that ``DOVETAIL_PLUGINS`` names is broken.
         ConfigError: the checkpoint cannot be found or read.
-        ResolutionError: the request cannot be honoured; holds every reason.
+        ResolutionError: the request cannot be honoured; holds every reason, and the nearest request that can.
     """
-    broken = _broken_plugins(registries)
-    if broken:
-        raise PluginLoadError("\n".join(["Cannot start without plugins that were asked for:", *broken]))
+    registries.refuse_broken()
     explanation = explain(options, registries)
     if explanation.config is None:
-        raise ResolutionError(f"Cannot run {explanation.model_name} as asked:", explanation.reasons)
+        headline = f"Cannot run {explanation.model_name} as asked:"
+        raise ResolutionError(headline, explanation.reasons, suggestion(explanation))
+    for change in explanation.config.fallbacks:
+        _logger.warning("Fallback: %s", describe(change))
     return explanation.config
 
 
@@ -83,53 +85,46 @@ def explain(options: EngineOptions, registries: Registries) -> Explanation:
     Raises:
         ConfigError: the checkpoint cannot be found or read.
     """
-    path, name = checkpoint.select(options, registries)
-    hf_config = checkpoint.read_config(path)
-    eos = checkpoint.eos_token_ids(path, hf_config)
-
-    chip = platform.decide(options, registries)
-    family, facts = model.decide(hf_config, registries, chip.entry)
-    dtype, dtype_obstacles = _dtype(options, chip, facts)
-    speculator, num_drafts, spec_options = speculation.decide(options, registries)
-    backend = attention.decide(options, registries, chip.entry, facts, dtype)
-    weights = quantization.decide(options, registries, hf_config, dtype)
-    max_model_len, length_obstacles = _max_model_len(options, facts)
-
-    decisions: tuple[Decision[Any], ...] = (chip, family, backend, weights, speculator)
-    _warn_of_broken_candidates(decisions)
-    reasons = _broken_plugins(registries)
-    reasons += [reason for decision in decisions for reason in decision.obstacles]
-    reasons += [*dtype_obstacles, *length_obstacles]
-    config = None
-    if not reasons:
-        assert facts is not None, "no reasons, so every part is decided"
-        assert dtype is not None
-        config = EngineConfig(
-            model_path=str(path),
-            model_name=name,
-            hf_config=hf_config,
-            model=family.selection(),
-            platform=chip.selection(),
-            attention=backend.selection(),
-            quant=weights.selection(),
-            spec_decoder=None if speculator.entry is None else speculator.selection(),
-            dtype=dtype,
-            kv_dtype=dtype if options.kv_cache_dtype == "auto" else options.kv_cache_dtype,
-            vocab_size=facts.vocab_size,
-            eos_token_ids=eos,
-            max_model_len=max_model_len,
-            kv_cache_memory=None if options.kv_cache_memory is None else int(options.kv_cache_memory * GIB),
-            num_speculative_tokens=num_drafts,
-            spec_options=spec_options,
-            **{name: getattr(options, name) for name in _AS_GIVEN},
-        )
+    case = Case(options, registries)
+    asked = case.decide(options)
+    _warn_of_broken_candidates(asked.decisions)
+    broken = registries.failures()
+    found, tried = (None, 0) if broken or not asked.reasons else _search(case, options, asked)
+    fallback = found if options.allow_fallback else None
+    taken = asked if fallback is None else fallback.outcome
+    config = None if broken else taken.config
+    if config is not None and fallback is not None:
+        config = msgspec.structs.replace(config, fallbacks=fallback.changes)
     return Explanation(
-        model_name=name,
-        model_path=str(path),
-        parts=tuple(decision.explained() for decision in decisions),
-        reasons=tuple(reasons),
+        model_name=case.name,
+        model_path=str(case.path),
+        parts=tuple(decision.explained() for decision in taken.decisions),
+        reasons=(*broken, *asked.reasons),
+        nearest=None if found is None else Nearest(arguments=tuple(arguments(found.options)), changes=found.changes),
+        tried=tried,
         config=config,
     )
+
+
+def suggestion(explanation: Explanation) -> str:
+    """What would work instead of what was asked for, as one line; empty if there is nothing to suggest."""
+    nearest = explanation.nearest
+    if nearest is None:
+        return f"Nearest that works: none found ({explanation.tried} others tried)." if explanation.tried else ""
+    changed = "; ".join(f"{change.option} {change.asked} → {change.got}" for change in nearest.changes)
+    words = shlex.join(nearest.arguments) or "no options"
+    return f"Nearest that works: {words} (changed: {changed}). --allow-fallback takes it without asking."
+
+
+def describe(change: Change) -> str:
+    """One change and its reasons, as one line."""
+    return f"{change.option} {change.asked} → {change.got}, since {' '.join(change.why)}"
+
+
+def _search(case: Case, options: EngineOptions, asked: Outcome) -> tuple[Found | None, int]:
+    search = Search(case, options, asked)
+    found = search.run()
+    return found, search.tried
 
 
 def _warn_of_broken_candidates(decisions: Iterable[Decision[Any]]) -> None:
@@ -137,63 +132,3 @@ def _warn_of_broken_candidates(decisions: Iterable[Decision[Any]]) -> None:
     for decision in decisions:
         for line in decision.broken if decision.entry is not None else ():
             _logger.warning("%s It is passed over.", line)
-
-
-def _broken_plugins(registries: Registries) -> list[str]:
-    """Plugins that ``DOVETAIL_PLUGINS`` names and that failed."""
-    return [
-        f"DOVETAIL_PLUGINS names {plugin.owner}, which failed: {plugin.error} Repair it (`dovetail plugins` "
-        "shows the details), or take it off the list."
-        for plugin in registries.plugins
-        if plugin.asked and plugin.state == "failed"
-    ]
-
-
-def _dtype(
-    options: EngineOptions, chip: Decision[PlatformManifest], facts: ModelFacts | None
-) -> tuple[str | None, list[str]]:
-    """The activation dtype's name, and obstacles. ``auto`` asks the platform, given the checkpoint's."""
-    if chip.entry is None:
-        return (None if options.dtype == "auto" else options.dtype), []
-    supported = chip.entry.manifest.dtypes
-    owner = f"platform {chip.entry.name!r}"
-    if options.dtype != "auto":
-        if options.dtype in supported:
-            return options.dtype, []
-        return options.dtype, [
-            f"{owner} does not compute in --dtype {options.dtype}; choose {either(['auto', *supported])}."
-        ]
-    if facts is None:
-        return None, []
-    try:
-        dtype = str(chip.loaded.default_dtype(facts.dtype)).removeprefix("torch.")
-    except DovetailError as error:
-        return None, [str(error)]
-    except Exception as error:  # noqa: BLE001  the plugin's failure, and the reason to refuse
-        return None, [f"{owner} names no default dtype: {type(error).__name__}: {error}; set --dtype."]
-    if dtype not in supported:
-        return None, [
-            f"{owner} answers --dtype auto with {dtype}, which its own manifest does not list; "
-            f"choose --dtype {either(supported)}, and report this to {chip.entry.distribution}."
-        ]
-    return dtype, []
-
-
-def _max_model_len(options: EngineOptions, facts: ModelFacts | None) -> tuple[int, list[str]]:
-    """The longest context served, and obstacles."""
-    if facts is None:
-        return 0, []
-    length = facts.max_positions if options.max_model_len is None else options.max_model_len
-    obstacles = []
-    if length > facts.max_positions:
-        obstacles.append(
-            f"--max-model-len {length} exceeds the {facts.max_positions} positions that the checkpoint was "
-            f"made for; choose at most {facts.max_positions}."
-        )
-    if not options.enable_chunked_prefill and options.max_num_batched_tokens < length:
-        obstacles.append(
-            f"Without chunked prefill a prompt of up to {length} tokens must fit into one step, and "
-            f"--max-num-batched-tokens is {options.max_num_batched_tokens}; raise it, lower --max-model-len, "
-            "or leave out --no-enable-chunked-prefill."
-        )
-    return length, obstacles

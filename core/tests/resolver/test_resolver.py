@@ -322,7 +322,7 @@ def test_unknown_architecture(make, registries):
 
 
 def test_unknown_architecture_mentions_broken_plugins(make, registries):
-    broken = PluginStatus(name="zoo", distribution="dist-zoo", version="3", state="failed", error="ImportError: x")
+    broken = PluginStatus(name="zoo", distribution="dist-zoo", version="3", state="quarantined", error="ImportError: x")
     registries.freeze((broken,))
     assert "plugin 'zoo' (dist-zoo 3) might provide it" in reason(make({"architectures": ["Zebra"]}), registries)
 
@@ -380,7 +380,7 @@ def test_auto_takes_the_platforms_order(make, registries):
         (
             {},
             {"speculative_config": {"method": "guess", "num_speculative_tokens": 1}},
-            "cannot verify drafts; leave out --speculative-config",
+            "lacks verify, which speculative method 'guess' needs; leave out --speculative-config",
         ),
     ],
 )
@@ -551,7 +551,7 @@ def test_broken_plugin_that_was_asked_for_stops_everything(make, registries):
 
 
 def test_broken_plugin_that_nobody_asked_for_does_not(make, registries):
-    broken = PluginStatus(name="zoo", distribution="dist-zoo", version="3", state="failed", error="ImportError: libzoo")
+    broken = PluginStatus(name="zoo", distribution="dist-zoo", version="3", state="quarantined", error="ImportError: libzoo")
     registries.freeze((broken,))
     assert resolve(make(), registries).model.name == "toy"
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from dovetail.options import EngineOptions
-from dovetail.plugins.manifest import AttentionManifest, PlatformManifest
+from dovetail.plugins.manifest import AttentionManifest, PlatformManifest, SpecDecoderManifest
 from dovetail.plugins.registry import Entry, Registries
-from dovetail.resolution.decision import Decision, either, load, named
+from dovetail.resolution import needs
+from dovetail.resolution.decision import Decision, either, load, misplaced, named
 
 if TYPE_CHECKING:
     from dovetail.contracts.model import ModelFacts
@@ -20,8 +21,10 @@ def decide(
     platform: Entry[PlatformManifest] | None,
     facts: ModelFacts | None,
     dtype: str | None,
+    max_model_len: int | None,
+    speculator: Entry[SpecDecoderManifest] | None,
 ) -> Decision[AttentionManifest]:
-    """The named backend if it can do what the model needs, or else the platform's first that can."""
+    """The named backend if it can do what the others need, or else the platform's first that can."""
     decision: Decision[AttentionManifest] = Decision(part="attention")
     auto = options.attention == "auto"
     if auto:
@@ -34,7 +37,10 @@ def decide(
         if decision.entry is not None:
             decision.reject(entry, f"{decision.entry.name!r} comes first")
             continue
-        reasons = tuple(_attention_gaps(entry.manifest, options, platform, facts, dtype))
+        reasons = (
+            *_setting_gaps(entry.manifest, options, platform, dtype, max_model_len),
+            *_need_gaps(entry.manifest, facts, speculator),
+        )
         if reasons:
             decision.reject(entry, *reasons)
             continue
@@ -57,31 +63,47 @@ def decide(
     return decision
 
 
-def _attention_gaps(
+_OTHER = "choose another --attention"
+
+
+def _setting_gaps(
     manifest: AttentionManifest,
     options: EngineOptions,
     platform: Entry[PlatformManifest] | None,
-    facts: ModelFacts | None,
     dtype: str | None,
+    max_model_len: int | None,
 ) -> Iterable[str]:
-    """What is asked for and the backend cannot do, each with what to change."""
-    other = "choose another --attention"
-    if platform is not None and platform.manifest.device_type not in manifest.device_types:
-        yield (
-            f"runs on {', '.join(manifest.device_types)}, not on {platform.manifest.device_type} of platform "
-            f"{platform.name!r}; {other}."
-        )
+    """Settings that the backend cannot honour, each with what to change."""
+    place = misplaced(manifest.device_types, platform)
+    if place:
+        yield f"{place}; {_OTHER}."
     if dtype is not None and dtype not in manifest.dtypes:
-        yield f"does not accept {dtype}; choose --dtype {either(manifest.dtypes)}, or {other}."
+        yield f"does not accept {dtype}; choose --dtype {either(manifest.dtypes)}, or {_OTHER}."
     kv_dtype = options.kv_cache_dtype
     if kv_dtype not in manifest.kv_dtypes and not (kv_dtype == dtype and "auto" in manifest.kv_dtypes):
         choices = either(manifest.kv_dtypes)
-        yield f"cannot store the KV cache as {kv_dtype}; choose --kv-cache-dtype {choices}, or {other}."
+        yield f"cannot store the KV cache as {kv_dtype}; choose --kv-cache-dtype {choices}, or {_OTHER}."
     if manifest.block_sizes and options.block_size not in manifest.block_sizes:
         choices = either(manifest.block_sizes)
-        yield f"has no {options.block_size}-token blocks; choose --block-size {choices}, or {other}."
-    if options.speculative_config is not None and not manifest.verify:
-        yield f"cannot verify drafts; leave out --speculative-config, or {other}."
+        yield f"has no {options.block_size}-token blocks; choose --block-size {choices}, or {_OTHER}."
+    limit = manifest.max_context
+    if limit is not None and max_model_len is not None and max_model_len > limit:
+        yield (
+            f"attends to at most {limit} tokens, and a context of {max_model_len} is asked for; "
+            f"choose --max-model-len {limit}, or {_OTHER}."
+        )
+
+
+def _need_gaps(
+    manifest: AttentionManifest, facts: ModelFacts | None, speculator: Entry[SpecDecoderManifest] | None
+) -> Iterable[str]:
+    """What the model or the speculator needs and the backend lacks, each with what to change."""
+    if speculator is not None:
+        for need in needs.lacking(manifest, speculator.manifest.needs):
+            yield (
+                f"lacks {need}, which speculative method {speculator.name!r} needs; "
+                f"leave out --speculative-config, or {_OTHER}."
+            )
     if facts is None:
         return
     sizes = sorted({spec.head_size for spec in facts.attention})
@@ -89,13 +111,7 @@ def _attention_gaps(
     if unsupported:
         yield (
             f"has no head size {', '.join(map(str, unsupported))}, which the model needs "
-            f"(it has {', '.join(map(str, manifest.head_sizes))}); {other}."
+            f"(it has {', '.join(map(str, manifest.head_sizes))}); {_OTHER}."
         )
-    needs = set(facts.needs)
-    if any(spec.window is not None for spec in facts.attention):
-        needs.add("sliding_window")
-    if any(spec.soft_cap is not None for spec in facts.attention):
-        needs.add("soft_cap")
-    for need in sorted(needs):
-        if getattr(manifest, need, False) is not True:
-            yield f"lacks {need}, which the model needs; {other}."
+    for need in needs.lacking(manifest, needs.of_model(facts)):
+        yield f"lacks {need}, which the model needs; {_OTHER}."

@@ -10,21 +10,12 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from dovetail.config import Selection
+from dovetail.config import Rejected, Selection
 from dovetail.errors import PluginLoadError, UnknownNameError
-from dovetail.plugins.manifest import Manifest
+from dovetail.plugins.manifest import Manifest, PlatformManifest
 from dovetail.plugins.registry import Entry, Registry
 
 M = TypeVar("M", bound=Manifest)
-
-
-class Rejected(msgspec.Struct, frozen=True, kw_only=True):
-    """A candidate that was not taken, and why."""
-
-    name: str
-    plugin: str
-    distribution: str
-    reasons: tuple[str, ...]
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,7 +78,8 @@ class Decision(Generic[M]):
             version=self.entry.version,
             why=self.why,
             plugin=self.entry.plugin,
-            claims=msgspec.to_builtins(self.entry.manifest, order="deterministic"),
+            # by way of JSON, so that it is the same on the other side of a process boundary
+            claims=msgspec.json.decode(msgspec.json.encode(self.entry.manifest, order="deterministic")),
         )
 
     def explained(self) -> Part:
@@ -137,6 +129,13 @@ def load(entry: Entry[Any], contract: str, decision: Decision[Any]) -> Any:
 
 def _is_abstract(cls: type, name: str) -> bool:
     return getattr(inspect.getattr_static(cls, name), "__isabstractmethod__", False) is True
+
+
+def misplaced(device_types: tuple[str, ...], platform: Entry[PlatformManifest] | None) -> str:
+    """That a part does not run on the platform's device, in words; empty if it does. No device types mean any."""
+    if platform is None or not device_types or platform.manifest.device_type in device_types:
+        return ""
+    return f"runs on {', '.join(device_types)}, not on {platform.manifest.device_type} of platform {platform.name!r}"
 
 
 def either(values: Iterable[object]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dovetail.errors import DovetailError
 from dovetail.plugins.manifest import ModelManifest, PlatformManifest
 from dovetail.plugins.registry import Entry, Registries, Registry, nearest
+from dovetail.resolution import needs
 from dovetail.resolution.decision import Decision, load
 
 if TYPE_CHECKING:
@@ -50,6 +51,11 @@ def decide(
             decision.take(entry, cls, f"serves {', '.join(architectures)}")
     if decision.entry is None:
         decision.refuse_rejected("model family")
+    elif facts is not None and needs.unknown(facts.needs):
+        decision.obstacles.append(
+            f"model family {decision.entry.name!r} of {decision.entry.distribution} needs "
+            f"{', '.join(needs.unknown(facts.needs))}, which this core does not know; install matching releases."
+        )
     return decision, facts
 
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from dovetail.options import EngineOptions
-from dovetail.plugins.manifest import QuantManifest
-from dovetail.plugins.registry import Registries
-from dovetail.resolution.decision import Decision, either, load, named
+from dovetail.plugins.manifest import PlatformManifest, QuantManifest
+from dovetail.plugins.registry import Entry, Registries
+from dovetail.resolution import needs
+from dovetail.resolution.decision import Decision, either, load, misplaced, named
+
+if TYPE_CHECKING:
+    from dovetail.contracts.model import ModelFacts
 
 PLAIN = "none"
 """The quantization method of plain weights."""
 
 
 def decide(
-    options: EngineOptions, registries: Registries, hf_config: Mapping[str, Any], dtype: str | None
+    options: EngineOptions,
+    registries: Registries,
+    hf_config: Mapping[str, Any],
+    dtype: str | None,
+    platform: Entry[PlatformManifest] | None,
+    facts: ModelFacts | None,
 ) -> Decision[QuantManifest]:
     """The method that reads the checkpoint's weights, or quantizes plain ones on load."""
     decision: Decision[QuantManifest] = Decision(part="quantization")
@@ -40,9 +49,12 @@ def decide(
         if decision.entry is not None:
             decision.reject(entry, f"{decision.entry.name!r} comes first")
             continue
-        gap = _quant_gap(entry.manifest, section, method, dtype)
-        if gap:
-            decision.reject(entry, gap)
+        gaps = (
+            *_format_gaps(entry.manifest, section, method),
+            *_setting_gaps(entry.manifest, dtype, platform, facts),
+        )
+        if gaps:
+            decision.reject(entry, *gaps)
             continue
         cls = load(entry, "dovetail.contracts.quant:QuantMethod", decision)
         if cls is None:
@@ -56,23 +68,33 @@ def decide(
     return decision
 
 
-def _quant_gap(manifest: QuantManifest, section: Any, method: Any, dtype: str | None) -> str:
-    """Why a method does not fit, judged by its manifest; empty if it may."""
+def _format_gaps(manifest: QuantManifest, section: Any, method: Any) -> Iterable[str]:
+    """Why a method does not fit the checkpoint's weights, judged by its manifest."""
     if section is None and manifest.name != PLAIN and not manifest.on_load:
-        return (
+        yield (
             "cannot quantize while loading, and this checkpoint is unquantized; leave out --quantization, or "
             "name a checkpoint in this format."
         )
     if section is not None and method not in manifest.checkpoint_methods:
-        return f"cannot read this checkpoint, which is quantized with {method!r}; leave out --quantization."
+        yield f"cannot read this checkpoint, which is quantized with {method!r}; leave out --quantization."
+
+
+def _setting_gaps(
+    manifest: QuantManifest, dtype: str | None, platform: Entry[PlatformManifest] | None, facts: ModelFacts | None
+) -> Iterable[str]:
+    """What the other parts need and a method lacks, judged by its manifest."""
     if dtype is not None and manifest.dtypes and dtype not in manifest.dtypes:
-        return f"does not work with activations in {dtype}; choose --dtype {either(manifest.dtypes)}."
+        yield f"does not work with activations in {dtype}; choose --dtype {either(manifest.dtypes)}."
+    place = misplaced(manifest.device_types, platform)
+    if place:
+        yield f"{place}; choose another --quantization or --platform."
+    for need in () if facts is None else needs.lacking(manifest, needs.of_model(facts)):
+        yield f"lacks {need}, which the model needs; choose another --quantization, or a checkpoint without."
     from dovetail.contracts.ops import OpTable
 
     unknown = sorted(manifest.ops - OpTable.names())
     if unknown:
-        return f"needs operations that this core lacks: {', '.join(unknown)}; install matching releases."
-    return ""
+        yield f"needs operations that this core lacks: {', '.join(unknown)}; install matching releases."
 
 
 def _brief(section: Any) -> str:

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dovetail.options import EngineOptions
-from dovetail.plugins.manifest import SpecDecoderManifest
-from dovetail.plugins.registry import Registries, nearest
-from dovetail.resolution.decision import Decision, load, named
+from dovetail.plugins.manifest import PlatformManifest, SpecDecoderManifest
+from dovetail.plugins.registry import Entry, Registries, nearest
+from dovetail.resolution.decision import Decision, load, misplaced, named
 
 
 def decide(
-    options: EngineOptions, registries: Registries
+    options: EngineOptions, registries: Registries, platform: Entry[PlatformManifest] | None
 ) -> tuple[Decision[SpecDecoderManifest], int, dict[str, Any]]:
     """The speculator, its number of drafts, and its own section."""
     decision: Decision[SpecDecoderManifest] = Decision(part="speculation")
@@ -33,6 +33,11 @@ def decide(
         section = {**entry.manifest.defaults, **{key: given[key] for key in given if key != "method"}}
         drafts = section.pop("num_speculative_tokens", None)
         decision.obstacles += _speculation_gaps(entry.manifest, section, drafts)
+        place = misplaced(entry.manifest.device_types, platform)
+        if place:
+            decision.obstacles.append(
+                f"speculative method {entry.name!r} of {entry.distribution} {place}; leave out --speculative-config."
+            )
         if cls is not None and not decision.obstacles:
             return decision, drafts, section
     decision.refuse_rejected("speculative method")
