@@ -122,6 +122,86 @@ def test_scaled_mm(dtype, per_tensor):
     result = reference.scaled_mm(x, weight, x_scale, weight_scale, torch.float32)
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-3)
     assert reference.scaled_mm(x, weight, x_scale, weight_scale, torch.bfloat16).dtype == torch.bfloat16
+    assert reference.scaled_mm_pack(weight) is weight
+
+
+CODES = [torch.int8, torch.float8_e4m3fn]
+
+
+def quantized(rows, inputs, code, seed=0):
+    return rand(rows, inputs, seed=seed).mul(30).to(code)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize(("inputs", "group"), [(12, None), (12, 4), (11, 4)])
+def test_weight_only_mm(dtype, code, inputs, group):
+    outputs, groups = 5, 1 if group is None else 3
+    x, bias = rand(3, inputs, dtype=dtype), rand(outputs, dtype=dtype, seed=2)
+    weight, scale = quantized(outputs, inputs, code), rand(outputs, groups, seed=1).abs() / 30
+    expected = bias.double().repeat(3, 1)
+    for t in range(3):
+        for o in range(outputs):
+            for i in range(inputs):
+                factor = scale[o, i // (group or inputs)].double()
+                expected[t, o] += x[t, i].double() * weight[o, i].double() * factor
+    packed = reference.weight_only_pack(weight, scale, group)
+    assert_matches(reference.weight_only_mm(x, packed, bias), expected, dtype)
+    assert_matches(reference.weight_only_mm(x, packed), expected - bias.double(), dtype)
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("inputs", [12, 11])
+def test_block_scaled_mm(code, inputs):
+    outputs, group, groups = 5, 4, 3
+    x, x_scale = quantized(3, inputs, code, seed=3), rand(3, groups, seed=4).abs() / 30
+    weight, scale = quantized(outputs, inputs, code), rand(outputs, groups, seed=1).abs() / 30
+    expected = torch.zeros(3, outputs, dtype=torch.float64)
+    for t in range(3):
+        for o in range(outputs):
+            for i in range(inputs):
+                a, b = x[t, i].double() * x_scale[t, i // group], weight[o, i].double() * scale[o, i // group]
+                expected[t, o] += a * b
+    packed = reference.block_scaled_pack(weight, scale, group)
+    assert_matches(reference.block_scaled_mm(x, packed, x_scale, torch.float32), expected, torch.float32)
+    assert reference.block_scaled_mm(x, packed, x_scale, torch.bfloat16).dtype == torch.bfloat16
+
+
+def nearest(value, choices):
+    """The choice nearest to a number; of two, that with the even last digit, which comes first in each pair here."""
+    return min(choices, key=lambda choice: (abs(choice[0] - value), choice[1] % 2))[0]
+
+
+E4M3 = [(m * 2.0**-9, m) for m in range(8)]
+E4M3 += [((8 + m) * 2.0 ** (e - 10), m) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)]
+E4M3 += [(-value, m) for value, m in E4M3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize(("inputs", "group"), [(12, None), (12, 4), (11, 4)])
+def test_quantize_rows(dtype, code, inputs, group):
+    x = rand(3, inputs, dtype=dtype) * torch.tensor([[1e-3], [1.0], [1e3]], dtype=dtype)
+    values, scales = reference.quantize_rows(x, code, group)
+    assert (values.dtype, scales.dtype, scales.shape) == (code, torch.float32, (3, 1 if group is None else 3))
+    largest, choices = (127, [(float(i), i) for i in range(-127, 128)]) if code == torch.int8 else (448, E4M3)
+    for t in range(3):
+        for first in range(0, inputs, group or inputs):
+            part = x[t, first : first + (group or inputs)].float()
+            scale = scales[t, first // (group or inputs)]
+            assert scale.item() == (part.abs().max() / largest).item()
+            expected = [nearest(value, choices) for value in (part / scale).tolist()]
+            assert values[t, first : first + len(part)].tolist() == expected
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_quantize_rows_of_zeros_and_of_what_is_not_finite(code):
+    x = torch.zeros(3, 8)
+    x[1, 3], x[2, 5] = torch.inf, torch.nan
+    values, scales = reference.quantize_rows(x, code)
+    assert values[0].float().abs().max() == 0
+    assert scales[0].isfinite().all()
+    assert not scales[1:].isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

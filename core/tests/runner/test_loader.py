@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +330,86 @@ def test_number_formats_bring_their_own_tensors(tmp_path: Path) -> None:
     save_file(stored, tmp_path / "model.safetensors")
     with pytest.raises(ModelLoadError, match=r"1 missing: k\.codes"):
         load_weights(Quantized(), tmp_path, Progress())
+
+
+class PerPart(Unquantized):
+    """int8 weights with one scale per part of a merged layer, and one per three outputs of a part."""
+
+    def tensors(self, in_features: int, out_features: int, dtype: torch.dtype) -> Mapping[str, TensorSpec]:
+        return {
+            "weight": TensorSpec(shape=(out_features, in_features), dtype=torch.int8),
+            "scale": TensorSpec(shape=(out_features,), dtype=torch.float32, broadcast=True),
+            "blocks": TensorSpec(shape=(out_features, 2), dtype=torch.float32, repeat=3),
+        }
+
+    def prepare(self, tensors: Mapping[str, Tensor], ops: OpTable, dtype: torch.dtype) -> PackedLinear:
+        return dict(tensors)
+
+
+class Parted(Tiny):
+    """The merged projection alone is quantized."""
+
+    def __init__(self) -> None:
+        super().__init__({}, context())
+        self.qk = MergedLinear(context(quant=PerPart()), "qk", D, {"q": 4, "k": 2})
+
+    def weight_table(self) -> WeightTable:
+        return replace(TABLE, renames=TABLE.renames[:2])
+
+
+def parted() -> dict[str, Tensor]:
+    stored = {name: tensor for name, tensor in tensors().items() if "bias" not in name}
+    stored["norm.weight"] = stored.pop("scale.weight")
+    for part, size in (("q", 4), ("k", 2)):
+        stored[f"{part}.weight"] = torch.full((size, D), size, dtype=torch.int8)
+        stored[f"{part}.blocks"] = torch.arange(2.0 * -(-size // 3)).view(-1, 2) + size
+    return stored | {"q.scale": torch.tensor(0.5), "k.scale": torch.tensor([0.25])}
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
+def test_numbers_that_stand_for_many_outputs(tmp_path: Path, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number per part, stored as a scalar or a vector of one; and one per few outputs, never across two parts."""
+    monkeypatch.setattr(tensor_file, "CHUNK_BYTES", chunk_bytes)
+    save_file(parted(), tmp_path / "model.safetensors")
+    load_weights(model := Parted(), tmp_path, Progress())
+    packed = model.qk._packed
+    assert packed["scale"].tolist() == [0.5] * 4 + [0.25] * 2
+    assert packed["blocks"].tolist() == [[4, 5]] * 3 + [[6, 7]] + [[2, 3]] * 2
+
+
+def test_numbers_that_stand_for_many_outputs_in_a_merged_tensor(tmp_path: Path) -> None:
+    stored = parted()
+    stored["qk.weight"] = torch.cat([stored.pop("q.weight"), stored.pop("k.weight")])
+    blocks = [stored.pop("q.blocks"), stored.pop("k.blocks")]
+    stored["qk.blocks"] = blocks[0]
+    stored.pop("q.scale")
+    stored["qk.scale"] = stored.pop("k.scale")
+    save_file(stored, tmp_path / "model.safetensors")
+    load_weights(model := Parted(), tmp_path, Progress())
+    assert model.qk._packed["scale"].tolist() == [0.25] * 6
+    assert model.qk._packed["blocks"].tolist() == [[4, 5]] * 3 + [[6, 7]] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("q.scale", torch.zeros(4), r"q\.scale .* has shape \[4\], the model needs a single number"),
+        ("k.scale", torch.zeros(1, 1), r"has shape \[1, 1\], the model needs a single number"),
+        ("q.blocks", torch.zeros(1, 2), r"has shape \[1, 2\], the model needs \[2, 2\]"),
+        ("q.weight", torch.zeros(4, D, dtype=torch.int16), "is torch.int16, the model needs torch.int8"),
+        ("q.weight", torch.zeros(4, D, dtype=torch.uint8), "is torch.uint8, the model needs torch.int8"),
+    ],
+)
+def test_quantized_tensors_that_do_not_fit(tmp_path: Path, name: str, tensor: Tensor, message: str) -> None:
+    save_file(parted() | {name: tensor}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelLoadError, match=message):
+        load_weights(Parted(), tmp_path, Progress())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_coded_weights_are_no_plain_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    message = failure(tmp_path, tensors() | {"k.weight": torch.zeros(2, D).to(dtype)})
+    assert f"k.weight (model.safetensors) is {dtype}, the model needs torch.float32" in message
 
 
 def test_a_number_format_leaves_layers_out() -> None:

@@ -18,8 +18,8 @@ from dovetail.ops import reference
 
 PackedWeight = Any
 """Whatever ``linear_pack`` returns. The ``linear`` of the same table reads it, and so does an ``embedding`` that is
-not the reference: a large table tied to the head is kept in this form only. What ``weight_only_pack``, ``scaled_mm_pack``
-and ``block_scaled_pack`` return is read by the product of the same name alone."""
+not the reference: a large table tied to the head is kept in this form only. What ``weight_only_pack``,
+``scaled_mm_pack`` and ``block_scaled_pack`` return is read by the product of the same name alone."""
 
 PackedExperts = Any
 """Whatever ``experts_pack`` returns; the ``moe_experts`` of the same table reads it."""

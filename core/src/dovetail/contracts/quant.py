@@ -26,6 +26,11 @@ class TensorSpec:
         output_dim: dimension that grows with output features (merged layers are filled by slices of it), or None.
         output_scale: elements along ``output_dim`` per output feature, as ``(numerator, denominator)``.
         optional: may be absent from the checkpoint.
+        broadcast: the checkpoint's tensor is one number (``[]`` or ``[1]``), which fills the whole tensor, or the whole
+            range of its part of a merged layer.
+        repeat: consecutive outputs of one part that share an element of the checkpoint's tensor along ``output_dim``,
+            which must be 0; the last element of a part may stand for fewer. The loader repeats each, so that parts of
+            any size lie side by side.
     """
 
     shape: tuple[int, ...]
@@ -33,6 +38,8 @@ class TensorSpec:
     output_dim: int | None = 0
     output_scale: tuple[int, int] = (1, 1)
     optional: bool = False
+    broadcast: bool = False
+    repeat: int = 1
 
 
 class QuantMethod(ABC):
@@ -73,5 +80,5 @@ class QuantMethod(ABC):
 
     @abstractmethod
     def apply(self, x_TI: Tensor, packed: PackedLinear, bias_O: Tensor | None, ops: OpTable) -> Tensor:
-        """``x @ weightᵀ + bias`` in the dtype of ``x``, shape ``[T, O]``."""
+        """``x @ weightᵀ + bias`` in the dtype of ``x``, shape ``[T, O]``; rows do not affect each other."""
         ...

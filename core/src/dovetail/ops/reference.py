@@ -127,8 +127,8 @@ def quantize_rows(x_TI: Tensor, dtype: torch.dtype, group_size: int | None = Non
         group_size: consecutive elements of a row that share a scale, the last group may be shorter; None means the row.
 
     Returns:
-        ``[T, I]`` in ``dtype``, and float32 scales ``[T, G]`` by which to multiply it. Ties round to even. A group of zeros
-        has a tiny scale; one that holds infinities or NaN has a scale that is not finite, and unspecified values.
+        ``[T, I]`` in ``dtype``, and float32 scales ``[T, G]`` by which to multiply it. Ties round to even. A group of
+        zeros has a tiny scale; one that holds infinities or NaN has a scale that is not finite, and unspecified values.
     """
     tokens, inputs = x_TI.shape
     group = group_size or inputs
@@ -151,7 +151,7 @@ def weight_only_pack(weight_OI: Tensor, scale_OG: Tensor, group_size: int | None
 
 
 def weight_only_mm(x_TI: Tensor, packed: ScaledWeight, bias_O: Tensor | None = None) -> Tensor:
-    """``x @ (weight × scale)ᵀ + bias``: ``[T, O]`` in the dtype of ``x``. ``packed`` comes from :func:`weight_only_pack`."""
+    """``x @ (weight × scale)ᵀ + bias``: ``[T, O]`` in the dtype of ``x``; ``packed`` from :func:`weight_only_pack`."""
     dtype = _wide_dtype(x_TI.dtype)
     bias = None if bias_O is None else bias_O.to(dtype)
     return F.linear(x_TI.to(dtype), _dequantize(*packed, dtype), bias).to(x_TI.dtype)
@@ -170,7 +170,7 @@ def block_scaled_pack(weight_OI: Tensor, scale_OG: Tensor, group_size: int) -> S
 
 
 def block_scaled_mm(x_TI: Tensor, packed: ScaledWeight, x_scale_TG: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """Product of two matrices that are quantized in groups of inputs (DeepSeek-AI 2024, arXiv:2412.19437, section 3.3).
+    """Product of two matrices that are quantized in groups of inputs (arXiv:2412.19437, section 3.3).
 
     Args:
         x_TI: ``[T, I]`` in the dtype of the weight.

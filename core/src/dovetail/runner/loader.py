@@ -191,7 +191,7 @@ class Plan:
             if absent and target in tied:
                 self.ties[target] = tied[target]
             elif not (absent and self.spec(target).optional):
-                missing += (self._checkpoint_name(target, shard) for shard in sorted(shards))
+                missing += (self.checkpoint_name(target, shard) for shard in sorted(shards))
         problems = {"missing": missing, "unexpected": self._unexpected, "unusable": self._unusable}
         lines = [f"  {len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
         if lines:
@@ -231,7 +231,8 @@ class Plan:
         if not ({shard} if shard else self._whole(target)) <= self._open[target]:
             yield "is there twice"
 
-    def _checkpoint_name(self, target: Target, shard: str) -> str:
+    def checkpoint_name(self, target: Target, shard: str) -> str:
+        """What a checkpoint calls this tensor, or this shard of it: the inverse of :func:`map_name`."""
         name = ".".join(target)
         for rename in self._table.renames:
             part = _whole_parts(rename.shard or "").fullmatch(shard)
@@ -259,17 +260,15 @@ class Filling:
         place, shared = self._place(move)
         spec = self._plan.spec(move.target)
         for row, piece in move.file.chunks(move.stored):
-            rows = place
-            if piece.shape and not spec.broadcast:
-                rows = place[row * spec.repeat : (row + len(piece)) * spec.repeat]
-            if spec.repeat > 1:
-                piece = piece.repeat_interleave(spec.repeat, 0)[: len(rows)]
-            if shared and not torch.equal(rows, piece.to(rows)):
+            whole = spec.broadcast or not piece.shape
+            rows = place if whole else place[row * spec.repeat : (row + len(piece)) * spec.repeat]
+            values = piece if spec.repeat == 1 else piece.repeat_interleave(spec.repeat, 0)[: len(rows)]
+            if shared and not torch.equal(rows, values.to(rows)):
                 raise ModelLoadError(
                     f"{move.stored.name} ({move.file.path}) differs from that of the other parts of "
                     f"{move.target.block}, which are computed as one and share it."
                 )
-            rows.copy_(piece)
+            rows.copy_(values)
             yield piece.nbytes
         self._settle(move.target.block)
 

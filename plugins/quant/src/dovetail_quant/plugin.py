@@ -1,1 +1,52 @@
-"""The entry point of dovetail-quant. It registers nothing yet."""
+"""What dovetail-quant registers. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dovetail.hookspecs import Register, hookimpl
+from dovetail.plugins.manifest import QuantManifest
+
+WEIGHT_ONLY = frozenset({"weight_only_pack", "weight_only_mm"})
+SCALED = frozenset({"quantize_rows", "scaled_mm_pack", "scaled_mm"})
+BLOCK_SCALED = frozenset({"quantize_rows", "block_scaled_pack", "block_scaled_mm"})
+
+
+@hookimpl
+def dovetail_register_quant_methods(register: Register[QuantManifest]) -> None:
+    """8-bit weights, with activations as they are or in 8 bits as well."""
+    register(
+        QuantManifest(
+            name="int8",
+            summary="int8 weights, one scale per output; activations stay as they are.",
+            on_load=True,
+            ops=WEIGHT_ONLY,
+        ),
+        "dovetail_quant.weight_only:Int8",
+    )
+    register(
+        QuantManifest(
+            name="int8-w8a8",
+            summary="int8 weights, one scale per output; int8 activations, one scale per token.",
+            on_load=True,
+            ops=SCALED,
+        ),
+        "dovetail_quant.w8a8:Int8W8A8",
+    )
+    register(
+        QuantManifest(
+            name="fp8",
+            summary="fp8 (e4m3) weights, one scale per output; also reads checkpoints in fp8.",
+            checkpoint_methods=("fp8",),
+            on_load=True,
+            ops=WEIGHT_ONLY | SCALED | BLOCK_SCALED,
+        ),
+        "dovetail_quant.fp8:Fp8",
+    )
+    register(
+        QuantManifest(
+            name="fp8-w8a8",
+            summary="fp8 (e4m3) weights, one scale per output; fp8 activations, one scale per token.",
+            on_load=True,
+            ops=SCALED,
+        ),
+        "dovetail_quant.w8a8:Fp8W8A8",
+    )
