@@ -57,7 +57,7 @@ def test_error_example(page, server):
 
 
 def test_probes(server):
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok", "plugins": []}
     assert httpx.get(f"{server.url}/version").json() == {"version": __version__}
     answer = httpx.get(f"{server.url}/version", headers={"x-request-id": "mine"})
     assert answer.headers["x-request-id"] == "mine"

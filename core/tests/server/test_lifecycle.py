@@ -45,7 +45,7 @@ def in_background(function):
 
 def test_while_the_model_loads(start):
     server = start(wait=False, config={"load_seconds": 1.5})
-    assert server.wait_for_health(503).json() == {"status": "starting"}
+    assert server.wait_for_health(503).json() == {"status": "starting", "plugins": []}
     assert server.http.get("/version").status_code == 200
     assert "dovetail:engine_up 0.0" in server.http.get("/metrics").text
     refused = server.post("/v1/completions", prompt="k")
@@ -112,7 +112,7 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(start):
         server.wait_for_metric("dovetail:num_requests_running", 2.0)
         (engine,) = server.engine_pids()
         server.process.send_signal(signal.SIGTERM)
-        assert server.wait_for_health(503).json() == {"status": "draining"}
+        assert server.wait_for_health(503).json() == {"status": "draining", "plugins": []}
         refused = server.post("/v1/completions", prompt="k")
         assert refused.status_code == 503
         assert refused.headers["retry-after"] == "1"
@@ -162,8 +162,10 @@ def test_the_death_of_the_engine(start, way):
         else:
             os.kill(engine, signal.SIGKILL)
         last = [line for line in lines if line][-1]
-        assert server.http.get("/health").json() == {"status": "dead"}
-        assert server.http.get("/health").status_code == 503
+        health = server.http.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "dead")
+        crash, kill = "RuntimeError: the prompt ends with <crash>.", "The engine process ended by SIGKILL."
+        assert health.json()["cause"] == (crash if way == "crash" else kill)
         assert server.post("/v1/completions", prompt="k").status_code == 500
     whole.join()
     error = json.loads(last.removeprefix("data: "))["error"]

@@ -6,7 +6,7 @@ import dovetail
 
 
 def test_health_ping_and_version(server):
-    assert server.http.get("/health").json() == {"status": "ok"}
+    assert server.http.get("/health").json() == {"status": "ok", "plugins": []}
     assert server.http.get("/ping").status_code == 200
     assert server.http.post("/ping").status_code == 200
     assert server.http.get("/version").json() == {"version": dovetail.__version__}

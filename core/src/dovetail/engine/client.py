@@ -66,7 +66,7 @@ class EngineClient:
         stats: the engine's latest.
         ready: what it reported when it was ready; None before.
         dead: set when the process is gone without having been asked to stop.
-        cause: why, once ``dead`` is set.
+        cause: why, once ``dead`` is set; ``summary`` says it on one line.
     """
 
     def __init__(self, factory: str = LOCAL, *, log_level: str = "info", observer: Observer | None = None) -> None:
@@ -74,6 +74,7 @@ class EngineClient:
         self.ready: Ready | None = None
         self.dead = asyncio.Event()
         self.cause = ""
+        self.summary = ""
         self._factory = factory
         self._log_level = log_level
         self._observer = observer
@@ -235,7 +236,7 @@ class EngineClient:
             elif isinstance(report, Refused):
                 self._set_started(ConfigError(report.message) if report.usage else DovetailError(report.message))
             elif isinstance(report, Died):
-                self._die(report.cause)
+                self._die(report.cause, report.summary)
 
     def _deliver(self, outputs: Outputs) -> None:
         self.stats = outputs.stats
@@ -268,12 +269,14 @@ class EngineClient:
         await asyncio.sleep(_LAST_WORDS_SECONDS)  # what it sent before it ended may still be on its way
         if not self._stopping:
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-            self._die(f"The engine process ended {how}.")
+            cause = f"The engine process ended {how}."
+            self._die(cause, cause)
 
-    def _die(self, cause: str) -> None:
+    def _die(self, cause: str, summary: str) -> None:
         if self.dead.is_set():
             return
         self.cause = cause.strip()
+        self.summary = summary
         self.dead.set()
         self._fail(EngineDeadError(self.cause))
 

@@ -33,6 +33,7 @@ from dovetail.errors import ConfigError, DovetailError, PluginError, RequestErro
 from dovetail.messages import EngineRequest, EngineStats, RequestOutputDelta
 from dovetail.options import EngineOptions
 from dovetail.plugins.registry import Registries
+from dovetail.plugins.remedy import one_line
 
 if TYPE_CHECKING:
     from dovetail.engine.engine import Engine
@@ -116,9 +117,10 @@ class Outputs(msgspec.Struct, tag=True, frozen=True, array_like=True):
 
 
 class Died(msgspec.Struct, tag=True, frozen=True, array_like=True):
-    """The engine failed and the process ends; ``cause`` is the traceback."""
+    """The engine failed and the process ends; ``cause`` is the traceback, ``summary`` its essence on one line."""
 
     cause: str
+    summary: str
 
 
 Command = Start | Add | Abort | Stop
@@ -182,8 +184,9 @@ def run(channel: Channel, factory: str) -> int:
         if engine is not None:
             serve(channel, engine)
             engine.close()
-    except Exception:  # noqa: BLE001  (the parent hears of it, whatever it is)
-        channel.send(Died(traceback.format_exc()))
+    except Exception as error:  # noqa: BLE001  (the parent hears of it, whatever it is)
+        summary = str(error) if isinstance(error, DovetailError) else one_line(error)
+        channel.send(Died(traceback.format_exc(), summary))
         return EXIT_DIED
     return 0
 

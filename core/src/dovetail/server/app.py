@@ -21,6 +21,7 @@ from dovetail.server.auth import ApiKeyMiddleware
 from dovetail.server.chat import create_chat_completion
 from dovetail.server.completions import create_completion
 from dovetail.server.errors import ApiError, ClientGoneError, answer
+from dovetail.server.health import Health
 from dovetail.server.metrics import CONTENT_TYPE
 from dovetail.server.responses import ModelCard, ModelList
 from dovetail.server.service import Phase, ServedModel, Service
@@ -62,10 +63,9 @@ def create_app(service: Service) -> Starlette:
 
 
 async def health(request: Request) -> Response:
-    """200 when requests are served, else 503 with the reason."""
-    service: Service = request.app.state.service
-    phase = Phase.DEAD if service.client.dead.is_set() else service.phase
-    return _json({"status": phase}, 200 if phase is Phase.READY else 503)
+    """200 when requests are served, else 503 with the reason; and which plugins are not well."""
+    state = Health.of(_service(request))
+    return _json(state, 200 if state.status is Phase.READY else 503)
 
 
 async def version(request: Request) -> Response:

@@ -191,6 +191,8 @@ class Server:
     async def _open(self) -> None:
         """Find plugins and model, load engine and tokenizer side by side, and let requests in."""
         registries = (await in_thread(lambda: PluginHost().discover())).registries
+        self._service.note_plugins(registries.plugins)
+        registries.refuse_broken()
         path, name = await in_thread(lambda: checkpoint.select(self._engine_options, registries))
         with StartupProgress.shown(self._console) as progress:
             ready, tokenizer = await asyncio.gather(

@@ -7,7 +7,7 @@ read. What a client sends never becomes a label.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -19,6 +19,7 @@ from dovetail.contracts.executor import ExecutorInfo
 from dovetail.engine.process import Outputs
 from dovetail.engine.processor import CompletionDelta
 from dovetail.messages import EngineStats, RequestTimes
+from dovetail.plugins.registry import PluginStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -60,6 +61,10 @@ class Metrics:
         gauge("process_start_time_seconds", "Unix time at which the server started.").set(time.time())
         self._ready_time = gauge("ready_time_seconds", "Unix time at which the server was ready; 0 before.")
         self._engine_up = gauge("engine_up", "Whether the engine runs and takes requests.")
+        who = ("plugin", "distribution")
+        self._plugin_info = gauge("plugin_info", "A plugin and its state.", (*who, "version", "state"))
+        self._plugin_seconds = gauge("plugin_import_seconds", "What importing a plugin took.", who)
+        self._plugins_failed = gauge("plugins_failed", "Plugins that are installed and broken.")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of answered requests.")
         self.generation_tokens = counter("generation_tokens", "Tokens generated.")
         finished = counter("request_success", "Completions that ended, by reason.", ("finished_reason",))
@@ -76,6 +81,13 @@ class Metrics:
         self.prompt_lengths = self._histogram("request_prompt_tokens", "Tokens per prompt.", _TOKENS)
         self.output_lengths = self._histogram("request_generation_tokens", "Tokens per completion.", _TOKENS)
         self.step_tokens = self._histogram("iteration_tokens", "Tokens computed per step.", _TOKENS)
+
+    def set_plugins(self, plugins: Sequence[PluginStatus]) -> None:
+        """What discovery found."""
+        for plugin in plugins:
+            self._plugin_info.labels(plugin.name, plugin.distribution, plugin.version, plugin.state).set(1)
+            self._plugin_seconds.labels(plugin.name, plugin.distribution).set(plugin.seconds)
+        self._plugins_failed.set(sum(plugin.broken for plugin in plugins))
 
     def ready(self, name: str, config: EngineConfig, info: ExecutorInfo) -> None:
         """The engine takes requests."""

@@ -26,6 +26,7 @@ from dovetail.errors import (
 )
 from dovetail.messages import EngineRequest
 from dovetail.options import ServerOptions
+from dovetail.plugins.registry import PluginStatus
 from dovetail.sampling_params import SamplingParams
 from dovetail.server.errors import ApiError
 from dovetail.server.metrics import Metrics, RequestWatch
@@ -100,6 +101,7 @@ class Service:
     Attributes:
         phase: decides who is let in.
         model: None until the engine is ready.
+        plugins: what became of each; empty until they are discovered.
     """
 
     def __init__(self, options: ServerOptions, client: EngineClient, metrics: Metrics) -> None:
@@ -108,9 +110,15 @@ class Service:
         self.metrics = metrics
         self.phase = Phase.STARTING
         self.model: ServedModel | None = None
+        self.plugins: tuple[PluginStatus, ...] = ()
         self._processor: OutputProcessor | None = None
         # One thread: tokenizing two texts at once would only take more from the engine.
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+
+    def note_plugins(self, plugins: tuple[PluginStatus, ...]) -> None:
+        """Discovery is over."""
+        self.plugins = plugins
+        self.metrics.set_plugins(plugins)
 
     def open(self, model: ServedModel) -> None:
         """Let requests in."""
