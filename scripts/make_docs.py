@@ -1,4 +1,4 @@
-"""Write docs/reference from the code: hooks and manifests, options, environment variables.
+"""Write docs/reference from the code, and the lifecycles on the pages about plugins.
 
 Run ``.venv/bin/python scripts/make_docs.py`` after a change; a test compares the files with what this script writes.
 """
@@ -16,15 +16,23 @@ from typing import Any
 
 import click
 
+sys.path.insert(0, str(Path(__file__).parent))  # also where a test runs this file
+
+import lifecycle
+
 from dovetail import env, hookspecs
 from dovetail.cli.bench.group import bench
 from dovetail.cli.main import cli
 from dovetail.contracts import API_VERSIONS
+from dovetail.contracts.executor import Executor
+from dovetail.contracts.ops import OpTable
+from dovetail.ops import reference
 from dovetail.options import EngineOptions, ServerOptions, flag
 from dovetail.plugins.host import HOOKS, Hook
 from dovetail.plugins.manifest import Manifest
 
-FOLDER = Path(__file__).parents[1] / "docs" / "reference"
+DOCS = Path(__file__).parents[1] / "docs"
+FOLDER = DOCS / "reference"
 NOTICE = "<!-- Written by scripts/make_docs.py from the code. Do not edit. -->\n"
 KINDS = {"int": "whole number", "float": "number", "str": "text", "bool": "switch"}
 CONTRACT = re.compile(r":class:`(dovetail\.contracts\.\w+)\.(\w+)`")
@@ -32,14 +40,44 @@ CONTRACT = re.compile(r":class:`(dovetail\.contracts\.\w+)\.(\w+)`")
 
 def main() -> None:
     """Write every file."""
-    for name, text in pages().items():
-        (FOLDER / name).write_text(text, encoding="utf-8")
-        sys.stdout.write(f"{FOLDER / name}\n")
+    written = {FOLDER / name: text for name, text in pages().items()} | plugin_pages()
+    for path, text in written.items():
+        path.write_text(text, encoding="utf-8")
+        sys.stdout.write(f"{path}\n")
 
 
 def pages() -> dict[str, str]:
     """The files by name."""
-    return {"hooks.md": hooks(), "options.md": options(), "environment.md": environment()}
+    return {"hooks.md": hooks(), "options.md": options(), "environment.md": environment(), "ops.md": ops()}
+
+
+def plugin_pages() -> dict[Path, str]:
+    """The pages on contracts, each with its lifecycle drawn anew."""
+    drawn: dict[str, tuple[type, str | None]] = {"executor": (Executor, None)}
+    for hook in HOOKS:
+        drawn[hook.contract] = (contract_of(hook), hook.name)
+    paths = {DOCS / "plugins" / f"{name}.md": contract for name, contract in drawn.items()}
+    return {path: lifecycle.fill(path.read_text(encoding="utf-8"), *contract) for path, contract in paths.items()}
+
+
+def contract_of(hook: Hook) -> type:
+    """The class that a hook's implementations derive from; its docstring names it."""
+    found = CONTRACT.search(inspect.getdoc(getattr(hookspecs, hook.name)) or "")
+    assert found, f"{hook.name} does not name its contract"
+    contract = getattr(import_module(found[1]), found[2])
+    assert isinstance(contract, type)
+    return contract
+
+
+def ops() -> str:
+    """Every operation of the op table, with its parameters and meaning."""
+    rows = []
+    for field in fields(OpTable):
+        function = getattr(reference, field.name)
+        parameters = ", ".join(inspect.signature(function).parameters)
+        rows.append([f"`{field.name}({parameters})`", first_line(function)])
+    intro = "The specification of each is the function of this name in `dovetail.ops.reference`.\n"
+    return "\n".join([NOTICE, "# Operations\n", intro, table(("operation", "meaning"), rows)])
 
 
 def hooks() -> str:
@@ -53,9 +91,7 @@ def hook_section(hook: Hook) -> str:
     """One hook: its docstring, its manifest and its contract."""
     spec = getattr(hookspecs, hook.name)
     doc = inspect.getdoc(spec) or ""
-    found = CONTRACT.search(doc)
-    assert found, f"{hook.name} does not name its contract"
-    contract = getattr(import_module(found[1]), found[2])
+    contract = contract_of(hook)
     summary, _, facts = doc.partition("\n\n")
     page = hook.contract
     return "\n".join(
@@ -64,8 +100,8 @@ def hook_section(hook: Hook) -> str:
             f"{plain(summary)} Guide: [{page}.md](../plugins/{page}.md).\n",
             table(("fact", "value"), [part.split(": ", 1) for part in re.split(r"\.\s+", plain(facts).rstrip("."))]),
             manifest_section(hook.manifest, "Manifest"),
-            f"### Contract: `{found[2]}`, version {API_VERSIONS[hook.contract]}\n",
-            f"`{found[1]}`. {first_line(contract)}\n",
+            f"### Contract: `{contract.__name__}`, version {API_VERSIONS[hook.contract]}\n",
+            f"`{contract.__module__}`. {first_line(contract)}\n",
             table(
                 ("method", "meaning"),
                 [[f"`{signature(contract, name)}`", method_line(contract, name)] for name in methods(contract)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import runpy
 import shlex
 from pathlib import Path
 from unittest import mock
@@ -17,6 +18,7 @@ from dovetail.checkpoint import demo
 from dovetail.cli.main import run
 from dovetail.contracts import API_VERSIONS
 from dovetail.contracts.attention import AttentionBackend
+from dovetail.contracts.executor import Executor
 from dovetail.contracts.model import Model
 from dovetail.contracts.platform import Platform
 from dovetail.contracts.quant import QuantMethod
@@ -29,6 +31,7 @@ CONTRACTS = {
     "model": (Model, "model", "dovetail_register_models"),
     "quant": (QuantMethod, "quant", "dovetail_register_quant_methods"),
     "specdec": (SpecDecoder, "specdec", "dovetail_register_spec_decoders"),
+    "executor": (Executor, "executor", "dovetail.engine.engine.Engine"),
 }
 SMALL = ["--num-threads", "1", "--max-model-len", "256", "--max-num-seqs", "4", "--max-num-batched-tokens", "64"]
 PROMPT = "The king said to the fox: “Give me the ring.” The fox said to the king: “"
@@ -128,6 +131,14 @@ def test_specdec(installed):
     echoed, echoed_steps = greedy([PROMPT], 96, speculative_config=config)
     assert echoed == plain
     assert echoed_steps < plain_steps
+
+
+def test_executor(read_page, tmp_path, capsys):
+    page = read_page("docs/plugins/executor.md")
+    (file,) = page.files()
+    (tmp_path / file).write_text(page.files()[file])
+    runpy.run_path(str(tmp_path / file))
+    assert page.blocks("console") == [f"$ python {file}\n{capsys.readouterr().out}"]
 
 
 def test_commands_of_the_overview(read_page, capsys):

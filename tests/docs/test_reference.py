@@ -8,12 +8,18 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MAKE_DOCS = runpy.run_path(str(ROOT / "scripts/make_docs.py"))
 PAGES = MAKE_DOCS["pages"]()
+DRAWN = MAKE_DOCS["plugin_pages"]()
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_file_is_current(name):
     committed = (ROOT / "docs/reference" / name).read_text(encoding="utf-8")
     assert committed == PAGES[name], "run .venv/bin/python scripts/make_docs.py"
+
+
+@pytest.mark.parametrize("path", DRAWN, ids=lambda path: path.name)
+def test_lifecycle_is_current(path):
+    assert path.read_text(encoding="utf-8") == DRAWN[path], "run .venv/bin/python scripts/make_docs.py"
 
 
 def test_nothing_else_is_there():

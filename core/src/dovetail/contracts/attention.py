@@ -77,6 +77,8 @@ class AttentionBackend(ABC):
     ) -> None:
         """Prepare for activations of ``dtype`` and a cache of ``kv_dtype`` with ``block_size`` tokens per block.
 
+        Phase: load. Order: 1. Times: once. May raise: ConfigError.
+
         Raises:
             ConfigError: the combination cannot run here; the message says why and what would.
         """
@@ -84,17 +86,26 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def page_bytes(self, spec: AttentionSpec) -> int:
-        """Bytes of one block of one layer."""
+        """Bytes of one block of one layer.
+
+        Phase: load. Order: 2. Times: per layer. May raise: ConfigError.
+        """
         ...
 
     @abstractmethod
     def allocate(self, spec: AttentionSpec, num_blocks: int) -> KVCache:
-        """One layer's cache of ``num_blocks`` blocks. Memory need not be touched before use."""
+        """One layer's cache of ``num_blocks`` blocks. Memory need not be touched before use.
+
+        Phase: load. Order: 3. Times: per layer of the largest group. May raise: ConfigError.
+        """
         ...
 
     @abstractmethod
     def build_metadata(self, step: StepTensors, group: int) -> Metadata:
-        """What the layers of KV group ``group`` share in this step. Runs once per step, outside the compiled step."""
+        """What the layers of KV group ``group`` share in this step. Runs once per step, outside the compiled step.
+
+        Phase: step. Order: 1. Times: per KV group. May raise: nothing.
+        """
         ...
 
     @abstractmethod
@@ -102,6 +113,8 @@ class AttentionBackend(ABC):
         self, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor, cache: KVCache, metadata: Metadata, spec: AttentionSpec
     ) -> Tensor:
         """Store ``k`` and ``v`` of all tokens of this step, then attend. Causal within each request.
+
+        Phase: step. Order: 2. Times: per layer. May raise: nothing.
 
         A request may see pages that another request of the same step fills, so nothing is read before all is stored.
 

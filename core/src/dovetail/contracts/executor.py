@@ -54,6 +54,8 @@ class Executor(ABC):
     def load(self, progress: Progress) -> ExecutorInfo:
         """Load weights, allocate the cache, compile and warm up. Called once.
 
+        Phase: load. Order: 1. Times: once. May raise: DovetailError.
+
         Raises:
             DovetailError: with what is wrong and what to change.
         """
@@ -61,10 +63,16 @@ class Executor(ABC):
 
     @abstractmethod
     def run(self, plan: StepPlan) -> StepResult:
-        """Run one step. Plans arrive in order; the columns of the result match the plan's."""
+        """Run one step. Plans arrive in order; the columns of the result match the plan's.
+
+        Phase: step. Order: 1. Times: once. May raise: anything, after which the engine is dead.
+        """
         ...
 
     @abstractmethod
     def close(self) -> None:
-        """Release the device. Idempotent."""
+        """Release the device. Idempotent.
+
+        Phase: end. Order: 1. Times: once or more. May raise: nothing.
+        """
         ...

@@ -102,6 +102,8 @@ class Model(nn.Module, ABC):
     def facts(cls, hf_config: Mapping[str, Any]) -> ModelFacts:
         """Read a checkpoint's config.json.
 
+        Phase: resolve. Order: 1. Times: once. May raise: ConfigError.
+
         Raises:
             ConfigError: a field has a value that this family cannot honour; the message names both.
         """
@@ -109,20 +111,32 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def __init__(self, hf_config: Mapping[str, Any], context: ModelContext) -> None:
-        """Create the modules. Blocks only declare their tensors here; the loader fills them."""
+        """Create the modules. Blocks only declare their tensors here; the loader fills them.
+
+        Phase: load. Order: 1. Times: once. May raise: ConfigError.
+        """
         super().__init__()
 
     @abstractmethod
     def weight_table(self) -> WeightTable:
-        """How checkpoint tensors map to this model's parameters."""
+        """How checkpoint tensors map to this model's parameters.
+
+        Phase: load. Order: 2. Times: once. May raise: nothing.
+        """
         ...
 
     @abstractmethod
     def forward(self, token_ids_T: Tensor, positions_T: Tensor, attend: StepAttention) -> Tensor:
-        """Hidden states ``[T, D]`` after the final norm."""
+        """Hidden states ``[T, D]`` after the final norm.
+
+        Phase: step. Order: 1. Times: once. May raise: nothing.
+        """
         ...
 
     @abstractmethod
     def logits(self, hidden_SD: Tensor) -> Tensor:
-        """Logits ``[S, V]`` of the given rows."""
+        """Logits ``[S, V]`` of the given rows.
+
+        Phase: step. Order: 2. Times: once, and once per chunk of prompt tokens that are scored. May raise: nothing.
+        """
         ...

@@ -131,12 +131,17 @@ class Platform(ABC):
     @classmethod
     @abstractmethod
     def probe(cls) -> Probe:
-        """Whether this machine can run the platform. Must not raise and must not initialise the device."""
+        """Whether this machine can run the platform. Must not raise and must not initialise the device.
+
+        Phase: resolve. Order: 1. Times: per candidate. May raise: nothing.
+        """
         ...
 
     @abstractmethod
     def __init__(self, config: PlatformConfig) -> None:
         """Initialise the device.
+
+        Phase: load. Order: 1. Times: once. May raise: ConfigError.
 
         Raises:
             ConfigError: a value of ``config`` cannot be honoured.
@@ -146,31 +151,49 @@ class Platform(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where weights, KV cache and step tensors live."""
+        """Where weights, KV cache and step tensors live.
+
+        Phase: load. Order: 3. Times: often. May raise: nothing.
+        """
         ...
 
     @abstractmethod
     def memory(self) -> MemoryInfo:
-        """Device memory now."""
+        """Device memory now.
+
+        Phase: load. Order: 4. Times: once, after the weights. May raise: nothing.
+        """
         ...
 
     @classmethod
     @abstractmethod
     def default_dtype(cls, checkpoint_dtype: torch.dtype) -> torch.dtype:
-        """The activation dtype for ``--dtype auto``, among the manifest's. Must not initialise the device."""
+        """The activation dtype for ``--dtype auto``, among the manifest's. Must not initialise the device.
+
+        Phase: resolve. Order: 2. Times: once, with --dtype auto. May raise: ConfigError.
+        """
         ...
 
     @abstractmethod
     def ops(self, dtype: torch.dtype) -> Mapping[str, Callable[..., Any]]:
-        """The operations that the platform overrides for this activation dtype (see :class:`OpTable`)."""
+        """The operations that the platform overrides for this activation dtype (see :class:`OpTable`).
+
+        Phase: load. Order: 2. Times: once. May raise: ConfigError.
+        """
         ...
 
     @abstractmethod
     def shape_policy(self, max_tokens: int, max_requests: int) -> ShapePolicy:
-        """Which step sizes exist, given the largest step."""
+        """Which step sizes exist, given the largest step.
+
+        Phase: load. Order: 5. Times: once. May raise: ConfigError.
+        """
         ...
 
     @abstractmethod
     def compile(self, step: StepFunction, bucket: Bucket) -> StepFunction:
-        """Turn the step into whatever runs fastest at this size; called once per bucket. May return it unchanged."""
+        """Turn the step into whatever runs fastest at this size; called once per bucket. May return it unchanged.
+
+        Phase: warm-up. Order: 1. Times: per bucket, and later for sizes not in the ladder. May raise: nothing.
+        """
         ...
