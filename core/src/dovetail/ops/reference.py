@@ -133,7 +133,7 @@ def quantize_rows(x_TI: Tensor, dtype: torch.dtype, group_size: int | None = Non
     tokens, inputs = x_TI.shape
     group = group_size or inputs
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    x_TGI = F.pad(x_TI.to(torch.float32), (0, -inputs % group)).view(tokens, -1, group)
+    x_TGI = F.pad(x_TI.to(torch.float32), (0, -inputs % group)).view(tokens, -(-inputs // group), group)
     scale_TG1 = x_TGI.abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest
     values_TI = (x_TGI / scale_TG1).clamp(-largest, largest).flatten(1)[:, :inputs]
     return (values_TI.round() if dtype == torch.int8 else values_TI).to(dtype), scale_TG1.squeeze(-1)

@@ -126,7 +126,7 @@ class Bench:
         q_THK, k_TNK, v_TNK = self.inputs(parts, layout)
         out = self.backend.forward(q_THK, k_TNK, v_TNK, cache, metadata, spec)
         counts = [part.end - part.start for part in parts]
-        rows = list(out[: sum(counts)].cpu().split(counts))
+        rows = list(out[: sum(counts)].cpu().split_with_sizes(counts))
         padding = out[sum(counts) :].cpu()
         if len(padding) != layout.padding_tokens or not bool(padding.isfinite().all()):
             raise ValueError(f"expected {layout.padding_tokens} finite rows for padding tokens, got {padding}.")
@@ -140,7 +140,7 @@ class Bench:
             padding = torch.full((layout.padding_tokens, *rows.shape[1:]), layout.padding_value, dtype=rows.dtype)
             made.append(torch.cat([rows, padding]).to(self.device))
         if layout.merged:
-            return list(torch.cat(made, dim=1).split([x.shape[1] for x in made], dim=1))
+            return list(torch.cat(made, dim=1).split_with_sizes([x.shape[1] for x in made], 1))
         return made
 
     def tables(self, *groups: Sequence[Part], layout: Layout) -> StepTensors:
