@@ -56,7 +56,8 @@ def run(
     CLASSES.clear()
     CLASSES.update(suites)
     with tempfile.TemporaryDirectory(prefix="dovetail-conformance-") as folder, _plain_pytest():
-        module = Path(folder, "test_conformance.py")
+        # A name of its own: an imported module is found by its name when another run wants it.
+        module = Path(folder, f"test_{Path(folder).name.replace('-', '_')}.py")
         module.write_text(_MODULE)
         ini = Path(folder, "pytest.ini")
         ini.write_text("[pytest]\n")
