@@ -15,8 +15,8 @@ from dovetail.messages import StepPlan, StepResult
 from dovetail.plugins.blame import blaming
 from dovetail.runner import kv_memory
 from dovetail.runner.checked_decoder import CheckedDecoder
+from dovetail.runner.draft_memory import bytes_beside_block, draft_blocks
 from dovetail.runner.draft_model import DraftRunner
-from dovetail.runner.draft_memory import draft_blocks, draft_bytes_per_block, draft_runner
 from dovetail.runner.forward import ForwardPass
 from dovetail.runner.load import load_selection
 from dovetail.runner.loaded_model import LoadedModel
@@ -46,12 +46,12 @@ class LocalExecutor(Executor):
         drafter = None if config.draft is None else LoadedModel.load(config.draft, platform, progress)
         groups = group_layers([(spec.window, spec.num_kv_heads, spec.head_size) for spec in main.facts.attention])
         bytes_per_block = main.block_bytes(groups)
-        draft_bytes = 0 if drafter is None else draft_bytes_per_block(drafter, groups)
-        blocks = kv_memory.num_blocks(config, bytes_per_block + draft_bytes, groups, platform.memory().available)
+        beside = 0 if drafter is None else bytes_beside_block(drafter, groups)
+        blocks = kv_memory.num_blocks(config, bytes_per_block + beside, groups, platform.memory().available)
         tables = SlotTables(
             config.max_num_seqs, config.max_model_len, config.block_size, len(groups), platform.device
         )
-        draft = None if drafter is None else draft_runner(drafter, draft_blocks(config, blocks, groups), tables)
+        draft = None if drafter is None else DraftRunner(drafter, tables, draft_blocks(config, blocks, groups))
         forward = main.forward_pass(groups, blocks, tables, 1 + config.num_speculative_tokens)
         sampler = Sampler(config.max_num_seqs, config.vocab_size, platform.device, main.ops)
         self._runner = ModelRunner(forward, sampler, self._proposer(tables, draft))

@@ -10,9 +10,15 @@ from dovetail.messages import NewRow
 from dovetail.ops.random import signed64
 from dovetail.ops.sampling import SamplingTensors
 from dovetail.runner.sample_rows import SampleRows
+from dovetail.sampling_params import SamplingParams
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this would overflow float32 logits; such a distribution is its most likely token."""
+
+
+def effective_temperature(params: SamplingParams) -> float:
+    """The temperature that a request is sampled with; 0 is greedy."""
+    return 0.0 if params.temperature < GREEDY_BELOW else params.temperature
 
 
 class SamplingTable:
@@ -29,9 +35,10 @@ class SamplingTable:
     def enter(self, row: NewRow) -> None:
         """Write a request's parameters into its slot."""
         params, slot = row.params, row.slot
-        greedy = params.temperature < GREEDY_BELOW
+        temperature = effective_temperature(params)
+        greedy = temperature == 0
         top_k = params.top_k if 0 < params.top_k < self._vocab_size else 0
-        floats = [0.0 if greedy else params.temperature, params.top_p, params.min_p]
+        floats = [temperature, params.top_p, params.min_p]
         self._floats[slot] = torch.tensor(floats).to(self._device)
         self._integers[slot] = torch.tensor([top_k, signed64(row.seed)]).to(self._device)
         self._greedy[slot] = greedy

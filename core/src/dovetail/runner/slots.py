@@ -79,13 +79,22 @@ class SlotTables:
     """
 
     def __init__(
-        self, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int, device: torch.device
+        self,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        num_groups: int,
+        device: torch.device,
+        tokens_SL: Tensor | None = None,
     ) -> None:
+        """Empty tables; ``tokens_SL`` is another model's, if both know the same tokens."""
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self._block_size = block_size
         self._device = device
-        self.tokens_SL = torch.zeros(max_num_seqs, max_model_len + 1, dtype=torch.int64, device=device)
+        if tokens_SL is None:
+            tokens_SL = torch.zeros(max_num_seqs, max_model_len + 1, dtype=torch.int64, device=device)
+        self.tokens_SL = tokens_SL
         self.num_tokens_S = np.zeros(max_num_seqs, dtype=np.int64)
         blocks = -(-max_model_len // block_size)
         shape = (max_num_seqs, blocks)
@@ -105,9 +114,9 @@ class SlotTables:
     def append(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> None:
         """Append verified tokens, one list per slot."""
         if all(len(ids) == 1 for ids in token_ids):
-            rows = torch.tensor(slots, device=self._device)
+            rows = torch.tensor(slots).to(self._device)
             columns = torch.from_numpy(self.num_tokens_S[slots]).to(self._device)
-            self.tokens_SL[rows, columns] = torch.tensor(token_ids, device=self._device)[:, 0]
+            self.tokens_SL[rows, columns] = torch.tensor(token_ids)[:, 0].to(self._device)
             self.num_tokens_S[slots] += 1
             return
         for slot, ids in zip(slots, token_ids, strict=True):

@@ -64,29 +64,30 @@ class LadderPlatform(ReferencePlatform):
     """Pads every step to a ladder of sizes, as chips with graphs or ahead-of-time compilers need, and checks it.
 
     Attributes:
-        compiled: every bucket that was compiled, in order.
+        compiled: every step and bucket that was compiled, in order; a draft model has a step of its own.
     """
 
     def __init__(self, config: PlatformConfig) -> None:
         super().__init__(config)
-        self.compiled: list[Bucket] = []
-        self._shapes: dict[Bucket, Any] = {}
+        self.compiled: list[tuple[StepFunction, Bucket]] = []
+        self._shapes: dict[tuple[StepFunction, Bucket], Any] = {}
 
     def shape_policy(self, max_tokens: int, max_requests: int) -> ShapePolicy:
         """Powers of two, up to the largest step."""
         return LadderShapes(tokens=_powers(max_tokens), requests=_powers(max_requests))
 
     def compile(self, step: StepFunction, bucket: Bucket) -> StepFunction:
-        """Wrap the step so that a wrong shape fails the test; a bucket is compiled once."""
-        assert bucket not in self.compiled, f"{bucket} compiled twice"
-        self.compiled.append(bucket)
+        """Wrap the step so that a wrong shape fails the test; a step's bucket is compiled once."""
+        key = (step, bucket)
+        assert key not in self.compiled, f"{bucket} compiled twice"
+        self.compiled.append(key)
         shapes = self._shapes
 
         def checked(tensors: Any, metadata: Any) -> Any:
             assert len(tensors.token_ids_T) == bucket.num_tokens, (len(tensors.token_ids_T), bucket)
             assert len(tensors.seq_lens_R) == bucket.num_requests, (len(tensors.seq_lens_R), bucket)
             shape = (tensors.logits_rows_S.shape, *(table.shape for table in tensors.block_tables))
-            assert shapes.setdefault(bucket, shape) == shape, (shapes[bucket], shape)
+            assert shapes.setdefault(key, shape) == shape, (shapes[key], shape)
             return step(tensors, metadata)
 
         return checked

@@ -1,0 +1,90 @@
+"""ForwardPass: one model on one platform, from a step's plan to hidden states and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dovetail.contracts.attention import AttentionBackend, AttentionSpec, KVCache, Metadata, StepTensors
+from dovetail.contracts.executor import KVGroup
+from dovetail.contracts.model import Model
+from dovetail.contracts.platform import Bucket, Platform, ShapePolicy, StepFunction
+from dovetail.messages import StepPlan
+from dovetail.runner.slots import SlotTables, StepRows
+
+
+class ForwardPass:
+    """Gathers a step's tensors, pads them to a bucket, and runs the step that the platform compiled for it.
+
+    Attributes:
+        model: in device memory.
+        tables: the requests in its slots.
+        ladder: the buckets to warm up.
+    """
+
+    def __init__(
+        self,
+        *,
+        platform: Platform,
+        model: Model,
+        backend: AttentionBackend,
+        specs: Sequence[AttentionSpec],
+        groups: Sequence[KVGroup],
+        caches: Sequence[KVCache],
+        tables: SlotTables,
+        shapes: ShapePolicy,
+        logits_per_request: int,
+    ) -> None:
+        self.model = model
+        self.tables = tables
+        self.ladder = shapes.ladder()
+        self._platform = platform
+        self._backend = backend
+        self._specs = specs
+        self._caches = caches
+        self._group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
+        self._num_groups = len(groups)
+        self._shapes = shapes
+        self._logits_per_request = logits_per_request
+        self._steps: dict[Bucket, StepFunction] = {}
+
+    def run(self, plan: StepPlan) -> tuple[StepRows, Tensor, Tensor]:
+        """Run one step whose diffs the tables have.
+
+        Returns:
+            The step's index arithmetic, hidden states ``[T, D]`` with padding, and logits ``[S, V]`` without.
+        """
+        rows = StepRows.of(plan)
+        bucket = self._shapes.fit(len(rows.positions_T), len(rows.slots_R))
+        step = self.tables.step_tensors(rows, bucket, self._num_logits(bucket) if self._shapes.static else None)
+        hidden_TD, logits_SV = self._compiled(bucket)(step, self._metadata(step))
+        return rows, hidden_TD, logits_SV[: len(rows.logits_rows_S)]
+
+    @torch.inference_mode()
+    def warm_up(self, bucket: Bucket) -> None:
+        """Compile and run one bucket on padding alone."""
+        step = self.tables.padding_step(bucket, self._num_logits(bucket))
+        self._compiled(bucket)(step, self._metadata(step))
+
+    def _num_logits(self, bucket: Bucket) -> int:
+        return bucket.num_requests * self._logits_per_request
+
+    def _metadata(self, step: StepTensors) -> list[Metadata]:
+        return [self._backend.build_metadata(step, group) for group in range(self._num_groups)]
+
+    def _compiled(self, bucket: Bucket) -> StepFunction:
+        step = self._steps.get(bucket)
+        if step is None:
+            step = self._steps[bucket] = self._platform.compile(self._forward, bucket)
+        return step
+
+    def _forward(self, step: StepTensors, metadata: Sequence[Metadata]) -> tuple[Tensor, Tensor]:
+        forward, caches, specs, group_of = self._backend.forward, self._caches, self._specs, self._group_of
+
+        def attend(layer: int, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
+            return forward(q_THK, k_TNK, v_TNK, caches[layer], metadata[group_of[layer]], specs[layer])
+
+        hidden_TD = self.model.forward(step.token_ids_T, step.positions_T, attend)
+        return hidden_TD, self.model.logits(hidden_TD[step.logits_rows_S])

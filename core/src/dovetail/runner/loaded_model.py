@@ -1,0 +1,80 @@
+"""LoadedModel: a checkpoint in device memory, with the attention backend it runs on; it has no KV cache yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dovetail.config import EngineConfig
+from dovetail.contracts.attention import AttentionBackend
+from dovetail.contracts.executor import KVGroup, Progress
+from dovetail.contracts.model import Model, ModelContext, ModelFacts
+from dovetail.contracts.ops import OpTable
+from dovetail.contracts.platform import Platform
+from dovetail.runner import kv_memory
+from dovetail.runner.forward import ForwardPass
+from dovetail.runner.load import load_selection
+from dovetail.runner.loader import load_weights
+from dovetail.runner.slots import SlotTables
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """One model on a platform, and what it takes to run it."""
+
+    config: EngineConfig
+    platform: Platform
+    ops: OpTable
+    facts: ModelFacts
+    model: Model
+    backend: AttentionBackend
+
+    @classmethod
+    def load(cls, config: EngineConfig, platform: Platform, progress: Progress) -> LoadedModel:
+        """Build the model that a configuration names, fill it from its checkpoint, and build its backend."""
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        ops = OpTable.resolve(platform.ops(dtype), owner=f"platform {config.platform.name}")
+        model_class: type[Model] = load_selection(config.model)
+        quant_class = load_selection(config.quant)
+        context = ModelContext(
+            ops=ops,
+            dtype=dtype,
+            device=platform.device,
+            quant=quant_class(config.hf_config.get("quantization_config")),
+            max_model_len=config.max_model_len,
+        )
+        with torch.inference_mode():
+            model = model_class(config.hf_config, context)
+            load_weights(model, Path(config.model_path), progress)
+        backend: AttentionBackend = load_selection(config.attention)(
+            ops=ops,
+            device=platform.device,
+            dtype=dtype,
+            kv_dtype=getattr(torch, config.kv_dtype),
+            block_size=config.block_size,
+        )
+        return cls(config, platform, ops, model_class.facts(config.hf_config), model, backend)
+
+    def block_bytes(self, groups: Sequence[KVGroup]) -> int:
+        """Bytes of one block of its KV cache."""
+        return kv_memory.block_bytes(self.facts.attention, groups, self.backend)
+
+    def forward_pass(
+        self, groups: Sequence[KVGroup], blocks: int, tables: SlotTables, logits_per_request: int
+    ) -> ForwardPass:
+        """Allocate a cache of that many blocks, and make the model ready to run over it."""
+        config = self.config
+        return ForwardPass(
+            platform=self.platform,
+            model=self.model,
+            backend=self.backend,
+            specs=self.facts.attention,
+            groups=groups,
+            caches=kv_memory.allocate(self.facts.attention, groups, self.backend, blocks),
+            tables=tables,
+            shapes=self.platform.shape_policy(config.max_num_batched_tokens, config.max_num_seqs),
+            logits_per_request=logits_per_request,
+        )
