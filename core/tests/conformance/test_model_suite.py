@@ -131,11 +131,11 @@ class AlwaysTies(Sound):
         return F.linear(hidden_SD, self.model.embed_tokens._table_VD)
 
 
-class IgnoresNothing(Sound):
+class StripsTwoDots(Sound):
     """model.9"""
 
     def weight_table(self):
-        return replace(super().weight_table(), strip_prefixes=("text.model",))
+        return replace(super().weight_table(), strip_prefixes=("text.",))
 
 
 class WideLogits(Sound):

@@ -109,7 +109,7 @@ class DenseModel:
     def step(self, *parts: Part) -> list[Tensor]:
         """Logits of one step on the host: ``[tokens, V]`` for each part."""
         logits_TV = self.model.logits(self.hidden(*parts)).cpu()
-        return list(logits_TV.split([len(part.token_ids) for part in parts]))
+        return list(torch.split(logits_TV, [len(part.token_ids) for part in parts]))
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits ``[T, V]`` of a sequence on its own, in one step."""

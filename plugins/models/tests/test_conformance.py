@@ -1,0 +1,33 @@
+"""Every family in the public form; transformers is the reference."""
+
+from __future__ import annotations
+
+from dovetail.testing.conformance import ModelSuite, registered
+
+LAYERS = {"num_hidden_layers": 2}
+SLIDING = {"use_sliding_window": True, "sliding_window": 5, "num_hidden_layers": 3, "max_window_layers": 1}
+
+
+class TestLlama(ModelSuite):
+    subject = registered("llama")
+    hf_config = LAYERS
+
+
+class TestLlamaTiedWithBiases(ModelSuite):
+    subject = registered("llama")
+    hf_config = {**LAYERS, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
+
+
+class TestMistral(ModelSuite):
+    subject = registered("mistral")
+    hf_config = LAYERS
+
+
+class TestQwen2(ModelSuite):
+    subject = registered("qwen2")
+    hf_config = SLIDING
+
+
+class TestQwen3(ModelSuite):
+    subject = registered("qwen3")
+    hf_config = SLIDING
