@@ -83,7 +83,7 @@ def facts(hf_config):
     )
     return ModelFacts(
         attention=[spec] * 2,
-        vocab_size=100,
+        vocab_size=hf_config.get("vocab", 100),
         max_positions=hf_config["positions"],
         dtype=torch.bfloat16,
         needs=frozenset(hf_config.get("needs", ())),
@@ -504,12 +504,77 @@ def test_wrong_speculative_config(make, registries, section, expected):
     assert expected in reason(make(speculative_config=section), registries)
 
 
-def test_draft_model(make, registries):
+@pytest.fixture
+def draft(registries, tmp_path):
+    """Write a draft checkpoint and return the section that names it."""
     change(registries.spec_decoders, "guess", needs_draft_model=True)
-    section = {"method": "guess", "num_speculative_tokens": 1}
-    assert "needs a draft model" in reason(make(speculative_config=section), registries)
-    config = resolve(make(speculative_config=section | {"model": "m"}), registries)
-    assert config.spec_options == {"model": "m", "width": 2}
+
+    def section(config=None, folder="draft", **files):
+        path = tmp_path / folder
+        path.mkdir()
+        content = {"architectures": ["ToyForCausalLM"], "positions": 512, "eos_token_id": 2} | (config or {})
+        for name, value in {"config": content, **files}.items():
+            (path / f"{name}.json").write_text(json.dumps(value))
+        return {"method": "guess", "num_speculative_tokens": 3, "model": str(path)}
+
+    return section
+
+
+def test_draft_model(make, registries, draft):
+    explanation = explain(make({"name": "target"}, speculative_config=draft({"name": "draft"})), registries)
+    config = explanation.config
+    own = config.draft
+    assert config.spec_options == {"width": 2}
+    assert (own.hf_config["name"], own.spec_decoder, own.draft, own.spec_options) == ("draft", None, None, {})
+    assert own.model_path.endswith("draft")
+    for field in ("platform", "attention", "dtype", "max_model_len", "block_size", "num_speculative_tokens"):
+        assert getattr(own, field) == getattr(config, field)
+    parts = {part.part: part.chosen.name for part in explanation.parts}
+    assert (parts["draft model"], parts["draft quantization"]) == ("toy", "none")
+
+
+def test_draft_model_keeps_its_own_number_format(make, registries, draft):
+    section = draft(INT4)
+    assert resolve(make(speculative_config=section), registries).draft.quant.name == "four"
+    change(registries.quant, "four", on_load=True)
+    plain = draft(folder="plain")
+    config = resolve(make(speculative_config=plain, quantization="four"), registries)
+    assert (config.quant.name, config.draft.quant.name) == ("four", "none")
+
+
+def test_draft_model_must_be_named_and_found(make, registries, draft):
+    assert "needs a draft model" in reason(make(speculative_config=draft() | {"model": ""}), registries)
+    assert "needs a draft model" in reason(make(speculative_config=draft(folder="b") | {"model": 5}), registries)
+    lost = reason(make(speculative_config=draft(folder="c") | {"model": "./lost"}), registries)
+    assert lost.startswith("draft model: There is no folder ./lost")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"vocab": 99}, "its vocabulary has 99 tokens, and the model's has 100; choose another"),
+        ({"positions": 128}, "made for 128 positions, and --max-model-len is 256; choose --max-model-len 128, or"),
+        ({"head_size": 48}, "attention backend 'plain', which it shares with the model, has no head size 48"),
+        ({"architectures": ["Unheard"]}, "No installed plugin serves the architecture Unheard."),
+        ({"quantization_config": {"quant_method": "odd"}}, "is quantized with 'odd', which no installed plugin"),
+    ],
+)
+def test_draft_models_that_do_not_fit(make, registries, draft, config, expected):
+    change(registries.attention, "plain", head_sizes=(64,))
+    section = draft(config)
+    text = reason(make(speculative_config=section), registries)
+    assert text.startswith(f"draft model {section['model']}: ")
+    assert expected in text
+
+
+def test_draft_model_needs_the_same_tokenizer(make, registries, draft, tmp_path):
+    ours = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"content": "<end>", "id": 2}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(ours))
+    same = {"added_tokens": ours["added_tokens"], "model": {"vocab": {"b": 1, "a": 0}}, "note": 1}
+    assert resolve(make(speculative_config=draft(tokenizer=same)), registries).draft is not None
+    other = {"model": {"vocab": {"a": 0, "b": 3}}, "added_tokens": ours["added_tokens"]}
+    text = reason(make(speculative_config=draft(folder="other", tokenizer=other)), registries)
+    assert "gives token 'b' the id 3, and the model's 1, so drafts would mean other text" in text
 
 
 def test_broken_speculator(make, registries):
@@ -551,7 +616,8 @@ def test_broken_plugin_that_was_asked_for_stops_everything(make, registries):
 
 
 def test_broken_plugin_that_nobody_asked_for_does_not(make, registries):
-    broken = PluginStatus(name="zoo", distribution="dist-zoo", version="3", state="quarantined", error="ImportError: libzoo")
+    details = {"distribution": "dist-zoo", "version": "3", "error": "ImportError: libzoo"}
+    broken = PluginStatus(name="zoo", state="quarantined", **details)
     registries.freeze((broken,))
     assert resolve(make(), registries).model.name == "toy"
 
@@ -565,3 +631,175 @@ def test_reasons_of_different_parts_come_together(make, registries):
 
 def test_explanation_is_json(make, registries):
     json.dumps(msgspec.to_builtins(explain(make(), registries)))
+
+
+# what parts declare about each other
+
+
+def test_platform_with_a_shorter_context(make, registries):
+    change(registries.platforms, "chip", max_context=128)
+    text = reason(make(), registries)
+    assert text == (
+        "platform 'chip' runs contexts of at most 128 tokens, and 256 are asked for; choose --max-model-len 128, or "
+        "another --platform."
+    )
+    assert resolve(make(max_model_len=128), registries).max_model_len == 128
+
+
+def test_backend_with_a_shorter_context(make, registries):
+    change(registries.attention, "fast", max_context=128)
+    assert resolve(make(), registries).attention.name == "plain"
+    text = reason(make(attention="fast"), registries)
+    assert "attends to at most 128 tokens, and a context of 256 is asked for; choose --max-model-len 128, or" in text
+
+
+def test_platform_that_cannot_hold_the_kv_dtype(make, registries):
+    change(registries.platforms, "chip", kv_dtypes=("auto",))
+    text = reason(make(kv_cache_dtype="fp8"), registries)
+    assert text.startswith("platform 'chip' cannot hold the KV cache as fp8; choose --kv-cache-dtype auto, or another")
+    assert resolve(make(kv_cache_dtype="bfloat16"), registries).kv_dtype == "bfloat16", "what auto means here"
+
+
+def test_family_that_does_not_compute_right_in_a_dtype(make, registries):
+    change(registries.models, "toy", dtypes=("float32",))
+    found = reasons(make(dtype="bfloat16"), registries)
+    assert found == [
+        "model family 'toy' does not compute right in --dtype bfloat16; choose auto or float32.",
+    ]
+    assert resolve(make(), registries).dtype == "float32", "the platform's first that is right"
+    change(registries.models, "toy", dtypes=("float16",))
+    (text,) = reasons(make(), registries)
+    assert "computes right in float16 alone, and platform 'chip' in bfloat16 or float32" in text
+
+
+def test_method_and_speculator_of_another_device(make, registries):
+    change(registries.quant, "four", device_types=("mars",), on_load=True)
+    text = reason(make(quantization="four"), registries)
+    assert "runs on mars, not on meta of platform 'chip'; choose another --quantization or --platform." in text
+    change(registries.spec_decoders, "guess", device_types=("mars",))
+    section = {"method": "guess", "num_speculative_tokens": 1}
+    text = reason(make(speculative_config=section), registries)
+    assert "runs on mars, not on meta of platform 'chip'; leave out --speculative-config." in text
+
+
+def test_experts_need_a_method_for_them(make, registries):
+    sparse = {"needs": ["experts"]}
+    text = reason(make(sparse), registries)
+    assert "quantization method 'none' of dist-fake: lacks experts, which the model needs" in text
+    change(registries.quant, "none", experts=True)
+    assert resolve(make(sparse), registries).quant.name == "none"
+    change(registries.quant, "four", on_load=True)
+    explanation = explain(make(sparse, quantization="four"), registries)
+    assert "lacks experts" in explanation.reasons[0]
+    assert [c.option for c in explanation.nearest.changes] == ["--quantization"]
+
+
+def test_need_that_nothing_declares(make, registries):
+    text = reason(make({"needs": ["warp"]}), registries)
+    assert text == (
+        "model family 'toy' of dist-fake needs warp, which this core does not know; install matching releases."
+    )
+
+
+def test_speculator_says_what_it_needs_of_attention(make, registries):
+    change(registries.spec_decoders, "guess", needs=frozenset({"verify", "tree"}))
+    section = {"method": "guess", "num_speculative_tokens": 1}
+    text = reason(make(attention="plain", speculative_config=section), registries)
+    assert "lacks tree, which speculative method 'guess' needs; leave out --speculative-config" in text
+
+
+def test_every_gap_of_a_method_is_told(make, registries):
+    change(registries.quant, "four", ops=frozenset({"warp"}), device_types=("mars",))
+    found = reasons(make(quantization="four", dtype="float32"), registries)
+    assert all(any(part in text for text in found) for part in ("cannot quantize", "float32", "mars", "warp"))
+
+
+# what works instead
+
+
+def nearest(options, registries):
+    with pytest.raises(ResolutionError) as caught:
+        resolve(options, registries)
+    return caught.value.nearest
+
+
+def test_nearest_is_the_exact_command_line(make, registries):
+    options = make(attention="fast", block_size=48, seed=3)
+    assert nearest(options, registries) == (
+        f"Nearest that works: {options.model} --block-size 32 --seed 3 --attention fast "
+        "(changed: --block-size 48 → 32). --allow-fallback takes it without asking."
+    )
+
+
+def test_what_was_asked_for_is_kept_if_something_else_can_change(make, registries):
+    change(registries.platforms, "chip", target="Float")
+    options = make(attention="fast")
+    assert "(changed: --dtype auto → bfloat16)" in nearest(options, registries)
+
+
+def test_misspelt_names_become_those_that_were_meant(make, registries):
+    assert "(changed: --attention plian → plain)" in nearest(make(attention="plian"), registries)
+
+
+def test_option_that_is_left_out(make, registries):
+    options = make(quantization="four", dtype="float32")
+    assert "(changed: --quantization four → (not given))" in nearest(options, registries)
+
+
+def test_nothing_helps_a_model_that_nobody_knows(make, registries):
+    text = nearest(make({"architectures": ["Zebra"]}), registries)
+    assert text.startswith("Nearest that works: none found (")
+
+
+def test_platform_is_probed_once_however_long_the_search(make, registries, monkeypatch):
+    probes = []
+    monkeypatch.setattr(Chip, "probe", classmethod(lambda cls: probes.append(1) or Probe(available=True)))
+    explanation = explain(make(attention="nope", block_size=48, dtype="float16", max_model_len=999), registries)
+    assert explanation.tried > 20
+    assert len(probes) == 2, "once for auto, and once by name"
+
+
+# --allow-fallback
+
+
+def test_fallback_is_taken_only_when_allowed(make, registries, caplog):
+    given = {"attention": "fast", "block_size": 48}
+    with pytest.raises(ResolutionError):
+        resolve(make(**given), registries)
+    with caplog.at_level(logging.WARNING, logger="dovetail.resolver"):
+        config = resolve(make(**given, allow_fallback=True), registries)
+    assert config.block_size == 32
+    (taken,) = config.fallbacks
+    assert (taken.option, taken.asked, taken.got) == ("--block-size", "48", "32")
+    assert taken.why == (
+        "attention backend 'fast' of dist-fake: has no 48-token blocks; choose --block-size 16 or 32, "
+        "or choose another --attention.",
+    )
+    assert f"Fallback: --block-size 48 → 32, since {taken.why[0]}" in caplog.text
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config
+
+
+def test_fallback_is_explained(make, registries):
+    explanation = explain(make(attention="fast", block_size=48, allow_fallback=True), registries)
+    assert len(explanation.reasons) == 1
+    assert explanation.config.fallbacks == explanation.nearest.changes
+    assert explanation.parts[2].chosen.name == "fast"
+
+
+def test_what_runs_as_asked_has_no_fallback(make, registries):
+    assert resolve(make(allow_fallback=True), registries) == resolve(make(), registries)
+
+
+def test_no_fallback_without_a_broken_plugin_that_was_asked_for(make, registries):
+    failed = PluginStatus(name="zoo", distribution="d", version="3", state="failed", asked=True, error="ImportError: x")
+    registries.freeze((failed,))
+    with pytest.raises(PluginLoadError):
+        resolve(make(attention="fast", block_size=48, allow_fallback=True), registries)
+    assert explain(make(allow_fallback=True), registries).config is None
+
+
+def test_rejected_candidates_are_part_of_the_configuration(make, registries):
+    config = resolve(make(dtype="float32"), registries)
+    (rejected,) = config.rejected["attention"]
+    assert rejected.name == "fast"
+    assert "does not accept float32" in rejected.reasons[0]
