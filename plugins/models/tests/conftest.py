@@ -38,6 +38,8 @@ class DenseAttention:
         if spec.window is not None:
             mask &= seen > ends - spec.window
         scores = torch.einsum("thk,shk->hts", q_THK.double(), keys.double()) * spec.scale
+        if spec.soft_cap is not None:
+            scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
         weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
         return torch.einsum("hts,shk->thk", weights, values.double()).flatten(1).to(q_THK.dtype)
 
@@ -45,14 +47,21 @@ class DenseAttention:
 class Dense:
     """One family's model of a checkpoint, run without an engine."""
 
-    def __init__(self, family: type[Model], path: Path, ops: OpTable | None = None, positions: int = 512) -> None:
+    def __init__(
+        self,
+        family: type[Model],
+        path: Path,
+        ops: OpTable | None = None,
+        positions: int = 512,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         config = json.loads((path / "config.json").read_text())
         self._specs = list(family.facts(config).attention)
         self.model = family(
             config,
             ModelContext(
                 ops=ops or OpTable(),
-                dtype=torch.float32,
+                dtype=dtype,
                 device=torch.device("cpu"),
                 quant=Unquantized(),
                 max_model_len=positions,

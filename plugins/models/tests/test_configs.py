@@ -12,13 +12,19 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from dovetail.contracts.model import Model
 from dovetail.errors import ConfigError
 from dovetail.hookspecs import Register
+from dovetail.layers.rotary import frequencies
 from dovetail.plugins.manifest import ModelManifest
 from dovetail_models import plugin
+from dovetail_models.experts import Mixture
 from dovetail_models.fields import Fields
+from dovetail_models.gemma2 import Gemma2
+from dovetail_models.gemma3 import Gemma3
 from dovetail_models.llama import Llama
 from dovetail_models.mistral import Mistral
+from dovetail_models.mixtral import Mixtral
 from dovetail_models.qwen2 import Qwen2
 from dovetail_models.qwen3 import Qwen3
+from dovetail_models.qwen3_moe import Qwen3Moe
 from dovetail_models.rope import read_rope
 
 BASE = {
@@ -131,6 +137,68 @@ def test_windows(family: type[Model], changes: dict[str, Any], expected: list[in
     assert [spec.window for spec in family.facts({**BASE, **changes}).attention] == expected
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        (Gemma2, {}, [4096, None, 4096]),
+        (Gemma2, {"sliding_window": 9, "layer_types": ["full_attention", "sliding_attention"] * 2}, [None, 9] * 2),
+        (Gemma3, {"sliding_window": 9}, [9, 9, 9, 9, 9, None, 9]),
+        (Gemma3, {"sliding_window": 9, "sliding_window_pattern": 2}, [9, None, 9]),
+        (Gemma3, {"sliding_window": None, "sliding_window_pattern": 1}, [None]),
+        (Mixtral, {}, [None] * 3),
+        (Mixtral, {"sliding_window": 9}, [9] * 3),
+        (Qwen3Moe, {"sliding_window": 9, "max_window_layers": 2}, [None] * 3),
+        (Qwen3Moe, {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 2}, [9] * 3),
+    ],
+)
+def test_windows_of_later_families(family: type[Model], changes: dict[str, Any], expected: list[int | None]) -> None:
+    config = {**BASE, "num_hidden_layers": len(expected), **changes}
+    assert [spec.window for spec in family.facts(config).attention] == expected
+
+
+def test_soft_caps_and_scales() -> None:
+    spec = Gemma2.facts(BASE).attention[0]
+    assert (spec.head_size, spec.scale, spec.soft_cap) == (256, 1 / 16, 50.0)
+    spec = Gemma2.facts({**BASE, "query_pre_attn_scalar": 144, "attn_logit_softcapping": None}).attention[0]
+    assert (spec.scale, spec.soft_cap) == (1 / 12, None)
+    assert Gemma2.parse(BASE).logit_soft_cap == 30.0
+    assert Gemma2.parse({**BASE, "final_logit_softcapping": None}).logit_soft_cap is None
+    assert Gemma3.facts(BASE).attention[0].soft_cap is Gemma3.parse(BASE).logit_soft_cap is None
+    assert Gemma3.parse({**BASE, "final_logit_softcapping": 5}).logit_soft_cap == 5.0
+    assert Gemma2.parse(BASE).tied
+    assert not Gemma3.parse({**BASE, "tie_word_embeddings": False}).tied
+
+
+def test_every_layer_has_the_positions_of_its_kind() -> None:
+    old = {**BASE, "num_hidden_layers": 6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "head_dim": 16}
+    nested = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}
+    for config in (old, {**old, "rope_scaling": None, "rope_parameters": nested}):
+        sliding, full = Gemma3.parse(config).ropes[4:]
+        torch.testing.assert_close(full.frequencies_K, frequencies(16, 1e6) / 8)
+        torch.testing.assert_close(sliding.frequencies_K, frequencies(16, 1e4))
+
+
+def test_which_layers_have_experts() -> None:
+    def layers(**changes: Any) -> list[int]:
+        config = Qwen3Moe.parse({**BASE, "num_hidden_layers": 6, **changes})
+        return [layer for layer, mixture in enumerate(config.mixtures) if mixture is not None]
+
+    assert layers() == [0, 1, 2, 3, 4, 5]
+    assert layers(decoder_sparse_step=2) == [1, 3, 5]
+    assert layers(decoder_sparse_step=2, mlp_only_layers=[0, 3]) == [1, 5]
+    assert layers(mlp_only_layers=[0, 1, 2, 3, 4, 5]) == []
+
+
+def test_experts() -> None:
+    assert Mixtral.parse(BASE).mixture == Mixture(num_experts=8, num_active=2, inner_size=96, normalize=True)
+    changes = {"num_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    expected = Mixture(num_experts=16, num_active=3, inner_size=24, normalize=True)
+    assert Qwen3Moe.parse({**BASE, **changes}).mixtures[0] == expected
+    changes["num_local_experts"] = changes.pop("num_experts")
+    assert Qwen3Moe.parse({**BASE, **changes}).mixtures[0] == expected
+    assert Qwen3Moe.parse(BASE).mixtures[0] == Mixture(num_experts=128, num_active=8, inner_size=768, normalize=False)
+
+
 def test_head_size_defaults() -> None:
     assert Qwen2.facts(BASE).attention[0].head_size == 16
     assert Qwen3.facts(BASE).attention[0].head_size == 128
@@ -165,6 +233,39 @@ def test_head_size_defaults() -> None:
         (Qwen2, {"layer_types": ["full_attention"]}, "'layer_types' in config.json is ['full_attention']"),
         (Qwen2, {"layer_types": ["chunked_attention"] * 3}, "'layer_types'"),
         (Qwen3, {"layer_types": ["sliding_attention"] * 3}, "use_sliding_window is false"),
+        (Gemma2, {"hidden_activation": "gelu"}, "'hidden_activation' in config.json is 'gelu'"),
+        (Gemma2, {"final_logit_softcapping": 0}, "'final_logit_softcapping' in config.json is 0"),
+        (Gemma2, {"attn_logit_softcapping": "no"}, "'attn_logit_softcapping' in config.json is 'no'"),
+        (Gemma2, {"query_pre_attn_scalar": -1}, "'query_pre_attn_scalar' in config.json is -1"),
+        (Gemma2, {"use_bidirectional_attention": True}, "'use_bidirectional_attention' in config.json is True"),
+        (Gemma2, {"sliding_window": None}, "'sliding_window' in config.json is None; it must be a positive integer"),
+        (Gemma2, {"layer_types": ["full_attention"]}, "'layer_types' in config.json is ['full_attention']"),
+        (Gemma2, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "share one table"),
+        (Gemma3, {"text_config": BASE}, "'text_config' in config.json is"),
+        (
+            Gemma3,
+            {"attn_logit_softcapping": 50.0},
+            "'attn_logit_softcapping' in config.json is 50.0; it must be absent",
+        ),
+        (Gemma3, {"sliding_window_pattern": 0}, "'sliding_window_pattern' in config.json is 0"),
+        (
+            Gemma3,
+            {"sliding_window": None, "layer_types": ["sliding_attention"] * 3},
+            "names sliding_attention, but sliding_window is null",
+        ),
+        (Gemma3, {"rope_parameters": {"rope_theta": 1e4}}, "must be an object of full_attention and sliding_attention"),
+        (
+            Gemma3,
+            {"rope_parameters": {"full_attention": {"rope_type": "linear"}}},
+            "full_attention of rope_parameters of config.json has no 'factor'",
+        ),
+        (Mixtral, {"hidden_act": "gelu"}, "'hidden_act' in config.json is 'gelu'"),
+        (Mixtral, {"num_local_experts": 1}, "'num_experts_per_tok' in config.json is None; it must be at most"),
+        (Mixtral, {"num_local_experts": 4, "num_experts_per_tok": 5}, "at most the number of experts, 4"),
+        (Qwen3Moe, {"num_experts": 0}, "'num_experts' in config.json is 0"),
+        (Qwen3Moe, {"mlp_only_layers": [3]}, "'mlp_only_layers' in config.json is [3]; it must be a list of layers, 0"),
+        (Qwen3Moe, {"norm_topk_prob": 1}, "'norm_topk_prob' in config.json is 1"),
+        (Qwen3Moe, {"decoder_sparse_step": 0}, "'decoder_sparse_step' in config.json is 0"),
     ],
 )
 def test_refusals_name_the_field(family: type[Model], changes: dict[str, Any], words: str) -> None:
@@ -181,4 +282,4 @@ def test_hook_registers_every_family() -> None:
 
     check: Register[ModelManifest] = register
     plugin.dovetail_register_models(check)
-    assert list(seen) == ["llama", "mistral", "qwen2", "qwen3"]
+    assert list(seen) == ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3"]

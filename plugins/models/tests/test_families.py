@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from importlib import import_module
 from pathlib import Path
@@ -30,6 +31,16 @@ TINY = {
 BANDED = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 SLIDING = {"use_sliding_window": True, "sliding_window": 5}
+EXPERTS = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+SOFT = {"head_dim": 8, "query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}
+SCALED = {
+    "head_dim": 8,
+    "sliding_window": 5,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e4},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    },
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-one-kv-head": ("Llama", {"num_key_value_heads": 1}),
@@ -65,6 +76,53 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         {**SLIDING, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
+    "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "num_experts_per_tok": 3, "num_experts": 7}),
+    "qwen3-moe-normalised": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True, "head_dim": 12, "attention_bias": True}),
+    "qwen3-moe-sparse-step": ("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2, "tie_word_embeddings": True}),
+    "qwen3-moe-dense-layers": ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0, 2], **SLIDING}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "mixtral-sliding": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 1, "sliding_window": 5}),
+    "mixtral-all-experts": (
+        "Mixtral",
+        {"num_local_experts": 3, "num_experts_per_tok": 3, "head_dim": 12, "tie_word_embeddings": True},
+    ),
+    "gemma2": ("Gemma2", {**SOFT, "sliding_window": 5, "num_hidden_layers": 4}),
+    "gemma2-no-caps": (
+        "Gemma2",
+        {"head_dim": 8, "sliding_window": 5, "final_logit_softcapping": None, "attn_logit_softcapping": None},
+    ),
+    "gemma2-layer-types": (
+        "Gemma2",
+        {
+            **SOFT,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma2-yarn": ("Gemma2", {**SOFT, "rope_parameters": {**YARN, "rope_theta": 1e4}, "num_key_value_heads": 1}),
+    "gemma3": ("Gemma3", {"head_dim": 8, "sliding_window": 5, "num_hidden_layers": 7}),
+    "gemma3-pattern": (
+        "Gemma3",
+        {
+            "head_dim": 12,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 5,
+            "sliding_window_pattern": 2,
+            "final_logit_softcapping": 2.0,
+            "attention_bias": True,
+        },
+    ),
+    "gemma3-scaled": (
+        "Gemma3",
+        {
+            **SCALED,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3-scaled-pattern": ("Gemma3", {**SCALED, "sliding_window_pattern": 3}),
     "qwen3-tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True, "num_key_value_heads": 4}),
 }
 PROMPT = [int(token) for token in torch.randint(97, (60,), generator=torch.Generator().manual_seed(7))]
@@ -73,8 +131,9 @@ PROMPT = [int(token) for token in torch.randint(97, (60,), generator=torch.Gener
 def random_model(family: str, changes: dict[str, Any]) -> transformers.PreTrainedModel:
     """A model whose every parameter matters: norms are not all one, nor biases zero."""
     torch.manual_seed(1)
-    config = getattr(transformers, f"{family}Config")(**(TINY | changes))
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    changes = copy.deepcopy(changes)  # configs complete their sections in place
+    model_class = getattr(transformers, f"{family}ForCausalLM")
+    model = model_class(model_class.config_class(**(TINY | changes))).eval()
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -118,6 +177,46 @@ def test_older_config_spelling(dense: Any, tmp_path: Path) -> None:
     config["rope_scaling"] = rope | {"type": rope.pop("rope_type")}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert_equal(theirs, dense(family_of(tmp_path), tmp_path), PROMPT, 20)
+
+
+def test_older_spelling_of_layer_types(dense: Any, tmp_path: Path) -> None:
+    """A pattern, and the two rotary bases apart, as files before transformers 5 have them."""
+    theirs = random_model(*VARIANTS["gemma3-scaled-pattern"])
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["torch_dtype"] = config.pop("dtype")
+    config["rope_theta"] = rope["full_attention"].pop("rope_theta")
+    config["rope_local_base_freq"] = rope["sliding_attention"].pop("rope_theta")
+    config["rope_scaling"] = rope["full_attention"]
+    config["sliding_window_pattern"] = config.pop("_sliding_window_pattern")
+    for left_out in ("layer_types", "tie_word_embeddings"):
+        config.pop(left_out)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_equal(theirs, dense(family_of(tmp_path), tmp_path), PROMPT, 20)
+
+
+def test_older_spelling_of_experts(dense: Any, tmp_path: Path) -> None:
+    theirs = random_model(*VARIANTS["qwen3-moe"])
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_experts"] = config.pop("num_local_experts")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_equal(theirs, dense(family_of(tmp_path), tmp_path), PROMPT, 20)
+
+
+@pytest.mark.parametrize("variant", ["gemma2", "gemma3"])
+def test_half_precision(variant: str, dense: Any, tmp_path: Path) -> None:
+    """As near to the float32 model as transformers in bfloat16 is; rounding ``1 + weight`` would add a fifth."""
+    exact = random_model(*VARIANTS[variant]).bfloat16().float()
+    exact.save_pretrained(tmp_path)
+    half = dense(family_of(tmp_path), tmp_path, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        expected = exact(torch.tensor([PROMPT])).logits[0]
+        theirs = exact.bfloat16()(torch.tensor([PROMPT])).logits[0].float()
+    ours = half.logits(PROMPT).float()
+    error = (ours - expected).square().mean() / (theirs - expected).square().mean()
+    assert error < 1.15
 
 
 def test_sharded_checkpoint(dense: Any, tmp_path: Path) -> None:

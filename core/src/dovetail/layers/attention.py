@@ -22,6 +22,7 @@ class SelfAttention(nn.Module):
         cos_sin_PK: the rotary table.
         qkv_bias, output_bias: which projections have a bias.
         qk_norm_eps: normalise each head's queries and keys before the rotation, with this eps; None does not.
+        norm_offset: of these norms.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class SelfAttention(nn.Module):
         qkv_bias: bool = False,
         output_bias: bool = False,
         qk_norm_eps: float | None = None,
+        norm_offset: float = 0.0,
     ) -> None:
         super().__init__()
         heads, kv_heads, size = spec.num_heads, spec.num_kv_heads, spec.head_size
@@ -43,8 +45,8 @@ class SelfAttention(nn.Module):
         self.qkv_proj = MergedLinear(context, f"{name}.qkv_proj", hidden_size, qkv, bias=qkv_bias)
         self.o_proj = Linear(context, f"{name}.o_proj", heads * size, hidden_size, bias=output_bias)
         if qk_norm_eps is not None:
-            self.q_norm = RMSNorm(context, size, qk_norm_eps)
-            self.k_norm = RMSNorm(context, size, qk_norm_eps)
+            self.q_norm = RMSNorm(context, size, qk_norm_eps, offset=norm_offset)
+            self.k_norm = RMSNorm(context, size, qk_norm_eps, offset=norm_offset)
         self._norms = None if qk_norm_eps is None else (self.q_norm.forward, self.k_norm.forward)
         self._layer = layer
         self._heads = [heads, kv_heads, kv_heads]

@@ -41,13 +41,53 @@ class DecoderLayer(nn.Module):
         return self._mlp(x_TD), residual_TD
 
 
+class SandwichLayer(nn.Module):
+    """Attention, then feed-forward, each between two norms and added to the residual stream.
+
+    Args:
+        context, attention, mlp, hidden_size, norm_eps: as of :class:`DecoderLayer`.
+        norm_offset: of the norms.
+    """
+
+    def __init__(
+        self,
+        context: ModelContext,
+        attention: nn.Module,
+        mlp: nn.Module,
+        *,
+        hidden_size: int,
+        norm_eps: float,
+        norm_offset: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.self_attn = attention
+        self.mlp = mlp
+        self.input_layernorm = RMSNorm(context, hidden_size, norm_eps, offset=norm_offset)
+        self.post_attention_layernorm = RMSNorm(context, hidden_size, norm_eps, offset=norm_offset)
+        self.pre_feedforward_layernorm = RMSNorm(context, hidden_size, norm_eps, offset=norm_offset)
+        self.post_feedforward_layernorm = RMSNorm(context, hidden_size, norm_eps, offset=norm_offset)
+        self._attention, self._mlp = attention.forward, mlp.forward
+        self._before_attention, self._after_attention = self.input_layernorm.add, self.post_attention_layernorm.forward
+        self._before_mlp, self._after_mlp = self.pre_feedforward_layernorm.add, self.post_feedforward_layernorm.forward
+
+    def forward(
+        self, x_TD: Tensor, residual_TD: Tensor | None, positions_T: Tensor, attend: StepAttention
+    ) -> tuple[Tensor, Tensor]:
+        """Take the output of the layer before and the stream without it; return the same for the layer after."""
+        x_TD, residual_TD = self._before_attention(x_TD, residual_TD)
+        x_TD = self._after_attention(self._attention(x_TD, positions_T, attend))
+        x_TD, residual_TD = self._before_mlp(x_TD, residual_TD)
+        return self._after_mlp(self._mlp(x_TD)), residual_TD
+
+
 class Decoder(nn.Module):
     """Tokens to hidden states.
 
     Args:
         context: what the model is built with.
         layers: in order; called as :class:`DecoderLayer` is.
-        vocab_size, hidden_size, norm_eps: of the embedding and the final norm.
+        vocab_size, hidden_size, norm_eps, norm_offset: of the embedding and the final norm.
+        embedding_scale: factor on the embedding's rows.
     """
 
     def __init__(
@@ -58,11 +98,13 @@ class Decoder(nn.Module):
         vocab_size: int,
         hidden_size: int,
         norm_eps: float,
+        norm_offset: float = 0.0,
+        embedding_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(context, vocab_size, hidden_size)
+        self.embed_tokens = Embedding(context, vocab_size, hidden_size, scale=embedding_scale)
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(context, hidden_size, norm_eps)
+        self.norm = RMSNorm(context, hidden_size, norm_eps, offset=norm_offset)
         self._embed, self._norm = self.embed_tokens.forward, self.norm.add
         self._layers = [layer.forward for layer in layers]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from dovetail.contracts.model import ModelContext
@@ -12,18 +13,25 @@ from dovetail.layers.block import Block
 
 
 class RMSNorm(Block):
-    """Scales rows of ``size`` elements to root mean square 1, then by a learned weight."""
+    """Scales rows of ``size`` elements to root mean square 1, then by a learned weight.
 
-    def __init__(self, context: ModelContext, size: int, eps: float) -> None:
-        super().__init__(context.device, {"weight": TensorSpec(shape=(size,), dtype=context.dtype)})
+    Args:
+        offset: added to the stored weight. The sum is kept in float32: in a shorter dtype, ``1 + weight`` would lose
+            what the weight's own rounding kept.
+    """
+
+    def __init__(self, context: ModelContext, size: int, eps: float, *, offset: float = 0.0) -> None:
+        dtype = torch.float32 if offset else context.dtype
+        super().__init__(context.device, {"weight": TensorSpec(shape=(size,), dtype=dtype)})
         self._eps = eps
+        self._offset = offset
         self._rms_norm = context.ops.rms_norm
         self._add_rms_norm = context.ops.add_rms_norm
         self._weight_D: Tensor | None = None
 
     def accept(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the weight as it is."""
-        self._weight_D = tensors["weight"]
+        """Keep the weight, with the offset."""
+        self._weight_D = tensors["weight"] + self._offset if self._offset else tensors["weight"]
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """The norm of ``x`` ``[..., D]``."""

@@ -15,7 +15,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Fields:
     """A checkpoint's config.json.
 
-    A field that is absent or null takes its default; without a default it is an error.
+    A field that is absent or null takes its default, unless a method says otherwise; without a default it is an error.
     """
 
     def __init__(self, config: Mapping[str, Any], where: str = "config.json") -> None:
@@ -25,6 +25,10 @@ class Fields:
     def raw(self, name: str) -> Any:
         """The value as it is; None if absent."""
         return self._config.get(name)
+
+    def names(self) -> set[str]:
+        """The fields that are there."""
+        return set(self._config)
 
     def integer(self, name: str, default: int | None = None) -> int:
         """A positive integer."""
@@ -40,6 +44,14 @@ class Fields:
             raise self.bad(name, "a positive number")
         return float(value)
 
+    def integer_or_null(self, name: str, default: int | None) -> int | None:
+        """A positive integer; null means None, and absent means the default."""
+        return None if self._is_null(name, default) else self.integer(name, default)
+
+    def number_or_null(self, name: str, default: float | None) -> float | None:
+        """A positive number; null means None, and absent means the default."""
+        return None if self._is_null(name, default) else self.number(name, default)
+
     def switch(self, name: str, default: bool) -> bool:
         """True or false."""
         value = self._value(name, default)
@@ -53,6 +65,11 @@ class Fields:
         if value not in choices:
             raise self.bad(name, f"{' or '.join(repr(choice) for choice in choices)} in this family")
         return value
+
+    def unset(self, name: str) -> None:
+        """A field without a meaning in this family: absent or null."""
+        if self.raw(name) is not None:
+            raise self.bad(name, "absent in this family")
 
     def section(self, name: str) -> Fields | None:
         """A nested object; None if absent, null or empty."""
@@ -71,6 +88,9 @@ class Fields:
     def bad(self, name: str, wanted: str) -> ConfigError:
         """The error for a value that cannot be honoured."""
         return ConfigError(f"{name!r} in {self._where} is {self.raw(name)!r}; it must be {wanted}.")
+
+    def _is_null(self, name: str, default: float | None) -> bool:
+        return self._config.get(name, default) is None
 
     def _value(self, name: str, default: Any) -> Any:
         value = self._config.get(name)

@@ -1,7 +1,4 @@
-"""Mistral dense models: every layer sees a sliding window, or none does.
-
-T: tokens of the step, D: hidden size, S: rows that need logits, V: vocabulary.
-"""
+"""Mistral dense models: every layer sees a sliding window, or none does."""
 
 from __future__ import annotations
 
@@ -9,118 +6,53 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dovetail.contracts.attention import AttentionSpec
-from dovetail.contracts.model import Model, ModelContext, ModelFacts, Rename, StepAttention, WeightTable
+from dovetail.contracts.model import ModelContext
 from dovetail.layers.attention import SelfAttention
-from dovetail.layers.decoder import Decoder, DecoderLayer
-from dovetail.layers.head import Head
+from dovetail.layers.decoder import DecoderLayer
 from dovetail.layers.mlp import GatedMLP
 from dovetail_models.attention import read_attention
+from dovetail_models.decoder import DecoderConfig, DecoderModel
 from dovetail_models.fields import Fields
-from dovetail_models.rope import Rope, read_rope
-
-RENAMES = (
-    Rename("q_proj", "qkv_proj", "q"),
-    Rename("k_proj", "qkv_proj", "k"),
-    Rename("v_proj", "qkv_proj", "v"),
-    Rename("gate_proj", "gate_up_proj", "gate"),
-    Rename("up_proj", "gate_up_proj", "up"),
-)
+from dovetail_models.rope import read_rope
 
 WINDOW = 4096
 """Sliding window of files that leave it out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MistralConfig:
+class MistralConfig(DecoderConfig):
     """What config.json says."""
 
-    vocab_size: int
-    hidden_size: int
     intermediate_size: int
-    attention: tuple[AttentionSpec, ...]
-    rope: Rope
-    norm_eps: float
-    tied: bool
-    dtype: torch.dtype
+
+
+class Mistral(DecoderModel[MistralConfig]):
+    """Decoder of pre-norm layers with grouped-query attention and a gated MLP."""
 
     @classmethod
     def parse(cls, hf_config: Mapping[str, Any]) -> MistralConfig:
-        """Read it.
-
-        Raises:
-            ConfigError: a field has a value that cannot be honoured.
-        """
+        """Every layer has the same attention."""
         fields = Fields(hf_config)
         fields.choice("hidden_act", ("silu",), "silu")
-        # Absent means the family's default window, null means none.
-        no_window = hf_config.get("sliding_window", WINDOW) is None
-        window = None if no_window else fields.integer("sliding_window", WINDOW)
-        attention = read_attention(fields, window=window)
-        return cls(
+        layers = fields.integer("num_hidden_layers")
+        attention = read_attention(fields, window=fields.integer_or_null("sliding_window", WINDOW))
+        return MistralConfig(
             vocab_size=fields.integer("vocab_size"),
             hidden_size=fields.integer("hidden_size"),
             intermediate_size=fields.integer("intermediate_size"),
-            attention=(attention,) * fields.integer("num_hidden_layers"),
-            rope=read_rope(fields, attention.head_size),
+            attention=(attention,) * layers,
+            ropes=(read_rope(fields, attention.head_size),) * layers,
             norm_eps=fields.number("rms_norm_eps", 1e-6),
             tied=fields.switch("tie_word_embeddings", False),
             dtype=fields.dtype(),
         )
 
-
-class Mistral(Model):
-    """Decoder of pre-norm layers with grouped-query attention and a gated MLP."""
-
     @classmethod
-    def facts(cls, hf_config: Mapping[str, Any]) -> ModelFacts:
-        """Every layer has the same attention."""
-        config = MistralConfig.parse(hf_config)
-        return ModelFacts(
-            attention=config.attention,
-            vocab_size=config.vocab_size,
-            max_positions=config.rope.max_positions,
-            dtype=config.dtype,
-        )
-
-    def __init__(self, hf_config: Mapping[str, Any], context: ModelContext) -> None:
-        super().__init__(hf_config, context)
-        config = MistralConfig.parse(hf_config)
-        cos_sin_PK = config.rope.table(context.max_model_len, context.device)
-        layers = [self._layer(context, config, i, cos_sin_PK) for i in range(len(config.attention))]
-        self.model = Decoder(
-            context, layers, vocab_size=config.vocab_size, hidden_size=config.hidden_size, norm_eps=config.norm_eps
-        )
-        tied_to = self.model.embed_tokens if config.tied else None
-        self.lm_head = Head(context, "lm_head", config.hidden_size, config.vocab_size, tied_to=tied_to)
-        self._tied = config.tied
-
-    @staticmethod
-    def _layer(context: ModelContext, config: MistralConfig, index: int, cos_sin_PK: Tensor) -> DecoderLayer:
+    def layer(cls, context: ModelContext, config: MistralConfig, index: int, cos_sin_PK: Tensor) -> nn.Module:
+        """Nothing has a bias."""
         name, hidden_size = f"model.layers.{index}", config.hidden_size
-        attention = SelfAttention(
-            context,
-            f"{name}.self_attn",
-            index,
-            config.attention[index],
-            hidden_size,
-            cos_sin_PK,
-        )
+        attention = SelfAttention(context, f"{name}.self_attn", index, config.attention[index], hidden_size, cos_sin_PK)
         mlp = GatedMLP(context, f"{name}.mlp", hidden_size, config.intermediate_size)
         return DecoderLayer(context, attention, mlp, hidden_size=hidden_size, norm_eps=config.norm_eps)
-
-    def weight_table(self) -> WeightTable:
-        """Projections that read the same input are merged."""
-        tied = {"lm_head.weight": "model.embed_tokens.weight"} if self._tied else {}
-        return WeightTable(renames=RENAMES, ignore=("rotary_emb.inv_freq",), tied=tied)
-
-    def forward(self, token_ids_T: Tensor, positions_T: Tensor, attend: StepAttention) -> Tensor:
-        """Hidden states ``[T, D]`` after the final norm."""
-        return self.model.forward(token_ids_T, positions_T, attend)
-
-    def logits(self, hidden_SD: Tensor) -> Tensor:
-        """Logits ``[S, V]``."""
-        return self.lm_head.forward(hidden_SD)

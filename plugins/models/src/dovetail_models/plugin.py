@@ -39,6 +39,38 @@ FAMILIES = (
         ),
         "dovetail_models.qwen3:Qwen3",
     ),
+    (
+        ModelManifest(
+            name="qwen3_moe",
+            summary="Qwen3 models with experts.",
+            architectures=("Qwen3MoeForCausalLM",),
+        ),
+        "dovetail_models.qwen3_moe:Qwen3Moe",
+    ),
+    (
+        ModelManifest(
+            name="mixtral",
+            summary="Mixtral 8x7B, 8x22B and others of the same shape.",
+            architectures=("MixtralForCausalLM",),
+        ),
+        "dovetail_models.mixtral:Mixtral",
+    ),
+    (
+        ModelManifest(
+            name="gemma2",
+            summary="Gemma 2.",
+            architectures=("Gemma2ForCausalLM",),
+        ),
+        "dovetail_models.gemma2:Gemma2",
+    ),
+    (
+        ModelManifest(
+            name="gemma3",
+            summary="Gemma 3, text alone.",
+            architectures=("Gemma3ForCausalLM",),
+        ),
+        "dovetail_models.gemma3:Gemma3",
+    ),
 )
 
 

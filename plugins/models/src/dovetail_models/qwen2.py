@@ -1,7 +1,4 @@
-"""Qwen2 and Qwen2.5 dense models: queries, keys and values have biases; later layers may slide.
-
-T: tokens of the step, D: hidden size, S: rows that need logits, V: vocabulary.
-"""
+"""Qwen2 and Qwen2.5 dense models: queries, keys and values have biases; later layers may slide."""
 
 from __future__ import annotations
 
@@ -9,91 +6,48 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dovetail.contracts.attention import AttentionSpec
-from dovetail.contracts.model import Model, ModelContext, ModelFacts, Rename, StepAttention, WeightTable
+from dovetail.contracts.model import ModelContext
 from dovetail.layers.attention import SelfAttention
-from dovetail.layers.decoder import Decoder, DecoderLayer
-from dovetail.layers.head import Head
+from dovetail.layers.decoder import DecoderLayer
 from dovetail.layers.mlp import GatedMLP
-from dovetail_models.attention import read_attention, read_windows
+from dovetail_models.attention import read_attention, read_late_windows
+from dovetail_models.decoder import DecoderConfig, DecoderModel
 from dovetail_models.fields import Fields
-from dovetail_models.rope import Rope, read_rope
-
-RENAMES = (
-    Rename("q_proj", "qkv_proj", "q"),
-    Rename("k_proj", "qkv_proj", "k"),
-    Rename("v_proj", "qkv_proj", "v"),
-    Rename("gate_proj", "gate_up_proj", "gate"),
-    Rename("up_proj", "gate_up_proj", "up"),
-)
+from dovetail_models.rope import read_rope
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Qwen2Config:
+class Qwen2Config(DecoderConfig):
     """What config.json says."""
 
-    vocab_size: int
-    hidden_size: int
     intermediate_size: int
-    attention: tuple[AttentionSpec, ...]
-    rope: Rope
-    norm_eps: float
-    tied: bool
-    dtype: torch.dtype
+
+
+class Qwen2(DecoderModel[Qwen2Config]):
+    """Decoder of pre-norm layers with grouped-query attention and a gated MLP."""
 
     @classmethod
     def parse(cls, hf_config: Mapping[str, Any]) -> Qwen2Config:
-        """Read it.
-
-        Raises:
-            ConfigError: a field has a value that cannot be honoured.
-        """
+        """Layers differ in their window alone."""
         fields = Fields(hf_config)
         fields.choice("hidden_act", ("silu",), "silu")
-        attention = tuple(read_attention(fields, window=window) for window in read_windows(fields))
-        return cls(
+        attention = tuple(read_attention(fields, window=window) for window in read_late_windows(fields))
+        return Qwen2Config(
             vocab_size=fields.integer("vocab_size"),
             hidden_size=fields.integer("hidden_size"),
             intermediate_size=fields.integer("intermediate_size"),
             attention=attention,
-            rope=read_rope(fields, attention[0].head_size),
+            ropes=(read_rope(fields, attention[0].head_size),) * len(attention),
             norm_eps=fields.number("rms_norm_eps", 1e-6),
             tied=fields.switch("tie_word_embeddings", False),
             dtype=fields.dtype(),
         )
 
-
-class Qwen2(Model):
-    """Decoder of pre-norm layers with grouped-query attention and a gated MLP."""
-
     @classmethod
-    def facts(cls, hf_config: Mapping[str, Any]) -> ModelFacts:
-        """Layers differ in their window alone."""
-        config = Qwen2Config.parse(hf_config)
-        return ModelFacts(
-            attention=config.attention,
-            vocab_size=config.vocab_size,
-            max_positions=config.rope.max_positions,
-            dtype=config.dtype,
-        )
-
-    def __init__(self, hf_config: Mapping[str, Any], context: ModelContext) -> None:
-        super().__init__(hf_config, context)
-        config = Qwen2Config.parse(hf_config)
-        cos_sin_PK = config.rope.table(context.max_model_len, context.device)
-        layers = [self._layer(context, config, i, cos_sin_PK) for i in range(len(config.attention))]
-        self.model = Decoder(
-            context, layers, vocab_size=config.vocab_size, hidden_size=config.hidden_size, norm_eps=config.norm_eps
-        )
-        tied_to = self.model.embed_tokens if config.tied else None
-        self.lm_head = Head(context, "lm_head", config.hidden_size, config.vocab_size, tied_to=tied_to)
-        self._tied = config.tied
-
-    @staticmethod
-    def _layer(context: ModelContext, config: Qwen2Config, index: int, cos_sin_PK: Tensor) -> DecoderLayer:
+    def layer(cls, context: ModelContext, config: Qwen2Config, index: int, cos_sin_PK: Tensor) -> nn.Module:
+        """Biases on queries, keys and values alone."""
         name, hidden_size = f"model.layers.{index}", config.hidden_size
         attention = SelfAttention(
             context,
@@ -106,16 +60,3 @@ class Qwen2(Model):
         )
         mlp = GatedMLP(context, f"{name}.mlp", hidden_size, config.intermediate_size)
         return DecoderLayer(context, attention, mlp, hidden_size=hidden_size, norm_eps=config.norm_eps)
-
-    def weight_table(self) -> WeightTable:
-        """Projections that read the same input are merged."""
-        tied = {"lm_head.weight": "model.embed_tokens.weight"} if self._tied else {}
-        return WeightTable(renames=RENAMES, ignore=("rotary_emb.inv_freq",), tied=tied)
-
-    def forward(self, token_ids_T: Tensor, positions_T: Tensor, attend: StepAttention) -> Tensor:
-        """Hidden states ``[T, D]`` after the final norm."""
-        return self.model.forward(token_ids_T, positions_T, attend)
-
-    def logits(self, hidden_SD: Tensor) -> Tensor:
-        """Logits ``[S, V]``."""
-        return self.lm_head.forward(hidden_SD)

@@ -22,6 +22,7 @@ from dovetail.layers.rotary import (
 from dovetail_models.fields import Fields
 
 DEFAULT_THETA = 10000.0
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,24 +44,51 @@ class Rope:
         return rotary_table(self.frequencies_K, positions, device, self.magnitude)
 
 
-def read_rope(fields: Fields, head_dim: int) -> Rope:
-    """Parse the rotary section of a config.json.
+def read_rope(fields: Fields, head_dim: int, *, theta: float = DEFAULT_THETA) -> Rope:
+    """Parse the rotary section of a config.json; ``theta`` is the family's default base.
 
     Raises:
         ConfigError: an unknown ``rope_type``, or a parameter of it that is missing or out of range.
     """
-    if head_dim % 2:
-        raise ConfigError(f"The head size is {head_dim}; rotary positions need an even one.")
     section = fields.section("rope_scaling") or fields.section("rope_parameters") or Fields({}, "rope_parameters")
-    for owner in (section, fields):
-        owner.choice("partial_rotary_factor", (1,), 1)
-    for layer_type in ("full_attention", "sliding_attention"):
+    for layer_type in LAYER_TYPES:
         if section.raw(layer_type) is not None:
             raise section.bad(layer_type, "absent: layers of this family share one table")
+    return _read_section(fields, section, head_dim, fields.number("rope_theta", theta))
+
+
+def read_layer_ropes(fields: Fields, head_dim: int, *, full: float, sliding: float) -> tuple[Rope, Rope]:
+    """Parse the rotary sections of layers that see everything, and of those that slide.
+
+    Newer files have both in ``rope_parameters``. In older ones ``rope_theta`` and ``rope_scaling`` are of the former,
+    and ``rope_local_base_freq`` is the base of the latter.
+
+    Args:
+        full, sliding: the family's default bases.
+
+    Raises:
+        ConfigError: as for :func:`read_rope`; or ``rope_parameters`` is not by layer type.
+    """
+    both = fields.section("rope_parameters") or Fields({}, "rope_parameters")
+    if not both.names() <= set(LAYER_TYPES):
+        raise fields.bad("rope_parameters", f"an object of {' and '.join(LAYER_TYPES)}")
+    nothing = Fields({}, "rope_parameters")
+    full_section = fields.section("rope_scaling") or both.section("full_attention") or nothing
+    sliding_section = both.section("sliding_attention") or nothing
+    return (
+        _read_section(fields, full_section, head_dim, fields.number("rope_theta", full)),
+        _read_section(fields, sliding_section, head_dim, fields.number("rope_local_base_freq", sliding)),
+    )
+
+
+def _read_section(fields: Fields, section: Fields, head_dim: int, theta: float) -> Rope:
+    if head_dim % 2:
+        raise ConfigError(f"The head size is {head_dim}; rotary positions need an even one.")
+    for owner in (section, fields):
+        owner.choice("partial_rotary_factor", (1,), 1)
     name = "type" if section.raw("rope_type") is None else "rope_type"
     rope_type = section.choice(name, tuple(ROPE_TYPES), "default")
-    base = section.number("rope_theta", fields.number("rope_theta", DEFAULT_THETA))
-    return ROPE_TYPES[rope_type](fields, section, head_dim, base)
+    return ROPE_TYPES[rope_type](fields, section, head_dim, section.number("rope_theta", theta))
 
 
 def _default(fields: Fields, section: Fields, head_dim: int, base: float) -> Rope:
