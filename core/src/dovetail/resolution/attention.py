@@ -39,7 +39,7 @@ def decide(
             continue
         reasons = (
             *_setting_gaps(entry.manifest, options, platform, dtype, max_model_len),
-            *_need_gaps(entry.manifest, facts, speculator),
+            *need_gaps(entry.manifest, facts, speculator),
         )
         if reasons:
             decision.reject(entry, *reasons)
@@ -94,7 +94,7 @@ def _setting_gaps(
         )
 
 
-def _need_gaps(
+def need_gaps(
     manifest: AttentionManifest, facts: ModelFacts | None, speculator: Entry[SpecDecoderManifest] | None
 ) -> Iterable[str]:
     """What the model or the speculator needs and the backend lacks, each with what to change."""

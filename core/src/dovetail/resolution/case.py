@@ -10,7 +10,7 @@ from dovetail.config import EngineConfig
 from dovetail.options import EngineOptions
 from dovetail.plugins.manifest import ModelManifest, PlatformManifest
 from dovetail.plugins.registry import Registries
-from dovetail.resolution import attention, context, dtype, model, platform, quantization, speculation
+from dovetail.resolution import attention, context, draft, dtype, model, platform, quantization, speculation
 from dovetail.resolution.decision import Decision
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Case:
         self.path, self.name = checkpoint.select(options, registries)
         self._hf_config = checkpoint.read_config(self.path)
         self._eos = checkpoint.eos_token_ids(self.path, self._hf_config)
+        self._drafts: dict[str, draft.DraftFiles] = {}
         self._chips: dict[str, Decision[PlatformManifest]] = {}
         self._families: dict[str | None, tuple[Decision[ModelManifest], ModelFacts | None]] = {}
 
@@ -76,6 +77,21 @@ class Case:
         )
         weights = quantization.decide(options, self.registries, self._hf_config, activation, chip.entry, facts)
         decisions: tuple[Decision[Any], ...] = (chip, family, backend, weights, speculator)
+        drafter = None
+        if speculator.entry is not None and "model" in spec_options:
+            drafter = draft.decide(
+                self._draft_files(spec_options["model"]),
+                draft.Beside(
+                    options=options,
+                    registries=self.registries,
+                    facts=facts,
+                    platform=chip.entry,
+                    backend=backend.entry,
+                    dtype=activation,
+                    length=length,
+                ),
+            )
+            decisions += drafter.decisions
         reasons = [reason for decision in decisions for reason in decision.obstacles]
         reasons += [*dtype_obstacles, *dtype.kv_gaps(options, chip, activation), *length_obstacles]
         config = None
@@ -103,7 +119,15 @@ class Case:
                 rejected={d.part: d.explained().rejected for d in decisions if d.rejected},
                 **{name: getattr(options, name) for name in _AS_GIVEN},
             )
+            if drafter is not None:
+                config = drafter.add_to(config)
         return Outcome(decisions, tuple(reasons), config, facts)
+
+    def _draft_files(self, name: str) -> draft.DraftFiles:
+        """What is read of a draft checkpoint, kept."""
+        if name not in self._drafts:
+            self._drafts[name] = draft.DraftFiles.read(name, self.path)
+        return self._drafts[name]
 
     def _chip_and_family(
         self, options: EngineOptions

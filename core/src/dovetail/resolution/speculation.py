@@ -53,7 +53,8 @@ def _speculation_gaps(
     known = [key for key in manifest.defaults if key != "num_speculative_tokens"]
     if manifest.needs_draft_model:
         known.append("model")
-        if not section.get("model"):
+        model = section.get("model")
+        if not isinstance(model, str) or not model:
             yield f'{option}: method {manifest.name!r} needs a draft model; add "model": PATH_OR_HUB_ID.'
     for key in section:
         if key not in known:

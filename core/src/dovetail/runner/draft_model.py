@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dovetail.contracts.platform import ShapePolicy
 from dovetail.contracts.specdec import SpecState
 from dovetail.kv.pool import BlockPool
 from dovetail.messages import StepPlan
@@ -30,11 +31,12 @@ class DraftRunner:
         forward: to warm up.
     """
 
-    def __init__(self, loaded: LoadedModel, tables: SlotTables, num_blocks: int) -> None:
+    def __init__(self, loaded: LoadedModel, shapes: ShapePolicy, tables: SlotTables, num_blocks: int) -> None:
         """Allocate the cache.
 
         Args:
             loaded: the draft model.
+            shapes: the engine's step sizes, which are the draft's as well.
             tables: of the engine's model, whose tokens it reads.
             num_blocks: of the cache, the null block included.
         """
@@ -42,7 +44,7 @@ class DraftRunner:
         self._tables = SlotTables(
             config.max_num_seqs, config.max_model_len, config.block_size, 1, loaded.platform.device, tables.tokens_SL
         )
-        self.forward = loaded.forward_pass(draft_groups(loaded), num_blocks, self._tables, logits_per_request=1)
+        self.forward = loaded.forward_pass(draft_groups(loaded), num_blocks, self._tables, shapes, logits_per_request=1)
         self._pool = BlockPool(num_blocks)
         self._block_size = config.block_size
         self._max_tokens = config.max_num_batched_tokens

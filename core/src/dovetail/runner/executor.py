@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import torch
+
 from dovetail.config import EngineConfig
 from dovetail.contracts.executor import Executor, ExecutorInfo, Progress
+from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Platform, PlatformConfig
 from dovetail.contracts.specdec import SpecConfig, SpecDecoder
 from dovetail.errors import PluginLoadError, PluginRunError
@@ -42,8 +45,9 @@ class LocalExecutor(Executor):
         config = self._config
         start = time.perf_counter()
         platform: Platform = load_selection(config.platform)(PlatformConfig(num_threads=config.num_threads))
-        main = LoadedModel.load(config, platform, progress)
-        drafter = None if config.draft is None else LoadedModel.load(config.draft, platform, progress)
+        ops = OpTable.resolve(platform.ops(getattr(torch, config.dtype)), owner=f"platform {config.platform.name}")
+        main = LoadedModel.load(config, platform, ops, progress)
+        drafter = None if config.draft is None else LoadedModel.load(config.draft, platform, ops, progress)
         groups = group_layers([(spec.window, spec.num_kv_heads, spec.head_size) for spec in main.facts.attention])
         bytes_per_block = main.block_bytes(groups)
         beside = 0 if drafter is None else bytes_beside_block(drafter, groups)
@@ -51,9 +55,12 @@ class LocalExecutor(Executor):
         tables = SlotTables(
             config.max_num_seqs, config.max_model_len, config.block_size, len(groups), platform.device
         )
-        draft = None if drafter is None else DraftRunner(drafter, tables, draft_blocks(config, blocks, groups))
-        forward = main.forward_pass(groups, blocks, tables, 1 + config.num_speculative_tokens)
-        sampler = Sampler(config.max_num_seqs, config.vocab_size, platform.device, main.ops)
+        shapes = platform.shape_policy(config.max_num_batched_tokens, config.max_num_seqs)
+        forward = main.forward_pass(groups, blocks, tables, shapes, 1 + config.num_speculative_tokens)
+        draft = None
+        if drafter is not None:
+            draft = DraftRunner(drafter, shapes, tables, draft_blocks(config, blocks, groups))
+        sampler = Sampler(config.max_num_seqs, config.vocab_size, platform.device, ops)
         self._runner = ModelRunner(forward, sampler, self._proposer(tables, draft))
         loaded = time.perf_counter()
         _warm_up([forward] if draft is None else [forward, draft.forward], progress)

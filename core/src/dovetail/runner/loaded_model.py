@@ -13,8 +13,8 @@ from dovetail.contracts.attention import AttentionBackend
 from dovetail.contracts.executor import KVGroup, Progress
 from dovetail.contracts.model import Model, ModelContext, ModelFacts
 from dovetail.contracts.ops import OpTable
-from dovetail.contracts.platform import Platform
-from dovetail.runner import kv_memory
+from dovetail.contracts.platform import Platform, ShapePolicy
+from dovetail.runner import kv_memory, self_check
 from dovetail.runner.forward import ForwardPass
 from dovetail.runner.load import load_selection
 from dovetail.runner.loader import load_weights
@@ -27,7 +27,6 @@ class LoadedModel:
 
     config: EngineConfig
     platform: Platform
-    ops: OpTable
     facts: ModelFacts
     model: Model
     backend: AttentionBackend
@@ -36,7 +35,9 @@ class LoadedModel:
     def load(cls, config: EngineConfig, platform: Platform, progress: Progress) -> LoadedModel:
         """Build the model that a configuration names, fill it from its checkpoint, and build its backend."""
         dtype: torch.dtype = getattr(torch, config.dtype)
-        ops = OpTable.resolve(platform.ops(dtype), owner=f"platform {config.platform.name}")
+        overrides = platform.ops(dtype)
+        ops = OpTable.resolve(overrides, owner=f"platform {config.platform.name}")
+        self_check.check_platform(config.platform, platform, overrides, dtype)
         model_class: type[Model] = load_selection(config.model)
         quant_class = load_selection(config.quant)
         context = ModelContext(
@@ -56,17 +57,23 @@ class LoadedModel:
             kv_dtype=getattr(torch, config.kv_dtype),
             block_size=config.block_size,
         )
-        return cls(config, platform, ops, model_class.facts(config.hf_config), model, backend)
+        facts = model_class.facts(config.hf_config)
+        self_check.check_attention(config, platform, backend, facts.attention)
+        return cls(config, platform, ops, facts, model, backend)
 
     def block_bytes(self, groups: Sequence[KVGroup]) -> int:
         """Bytes of one block of its KV cache."""
         return kv_memory.block_bytes(self.facts.attention, groups, self.backend)
 
     def forward_pass(
-        self, groups: Sequence[KVGroup], blocks: int, tables: SlotTables, logits_per_request: int
+        self,
+        groups: Sequence[KVGroup],
+        blocks: int,
+        tables: SlotTables,
+        shapes: ShapePolicy,
+        logits_per_request: int,
     ) -> ForwardPass:
         """Allocate a cache of that many blocks, and make the model ready to run over it."""
-        config = self.config
         return ForwardPass(
             platform=self.platform,
             model=self.model,
@@ -75,6 +82,6 @@ class LoadedModel:
             groups=groups,
             caches=kv_memory.allocate(self.facts.attention, groups, self.backend, blocks),
             tables=tables,
-            shapes=self.platform.shape_policy(config.max_num_batched_tokens, config.max_num_seqs),
+            shapes=shapes,
             logits_per_request=logits_per_request,
         )
