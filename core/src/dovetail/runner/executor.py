@@ -9,14 +9,13 @@ import torch
 
 from dovetail.config import EngineConfig
 from dovetail.contracts.executor import Executor, ExecutorInfo, Progress
-from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Platform, PlatformConfig
 from dovetail.contracts.specdec import SpecConfig, SpecDecoder
 from dovetail.errors import PluginLoadError, PluginRunError
 from dovetail.kv.groups import group_layers
 from dovetail.messages import StepPlan, StepResult
 from dovetail.plugins.blame import blaming
-from dovetail.runner import kv_memory
+from dovetail.runner import kv_memory, self_check
 from dovetail.runner.checked_decoder import CheckedDecoder
 from dovetail.runner.draft_memory import bytes_beside_block, draft_blocks
 from dovetail.runner.draft_model import DraftRunner
@@ -45,7 +44,7 @@ class LocalExecutor(Executor):
         config = self._config
         start = time.perf_counter()
         platform: Platform = load_selection(config.platform)(PlatformConfig(num_threads=config.num_threads))
-        ops = OpTable.resolve(platform.ops(getattr(torch, config.dtype)), owner=f"platform {config.platform.name}")
+        ops = self_check.checked_ops(config.platform, platform, getattr(torch, config.dtype))
         main = LoadedModel.load(config, platform, ops, progress)
         drafter = None if config.draft is None else LoadedModel.load(config.draft, platform, ops, progress)
         groups = group_layers([(spec.window, spec.num_kv_heads, spec.head_size) for spec in main.facts.attention])

@@ -32,12 +32,9 @@ class LoadedModel:
     backend: AttentionBackend
 
     @classmethod
-    def load(cls, config: EngineConfig, platform: Platform, progress: Progress) -> LoadedModel:
+    def load(cls, config: EngineConfig, platform: Platform, ops: OpTable, progress: Progress) -> LoadedModel:
         """Build the model that a configuration names, fill it from its checkpoint, and build its backend."""
         dtype: torch.dtype = getattr(torch, config.dtype)
-        overrides = platform.ops(dtype)
-        ops = OpTable.resolve(overrides, owner=f"platform {config.platform.name}")
-        self_check.check_platform(config.platform, platform, overrides, dtype)
         model_class: type[Model] = load_selection(config.model)
         quant_class = load_selection(config.quant)
         context = ModelContext(
@@ -59,7 +56,7 @@ class LoadedModel:
         )
         facts = model_class.facts(config.hf_config)
         self_check.check_attention(config, platform, backend, facts.attention)
-        return cls(config, platform, ops, facts, model, backend)
+        return cls(config, platform, facts, model, backend)
 
     def block_bytes(self, groups: Sequence[KVGroup]) -> int:
         """Bytes of one block of its KV cache."""
