@@ -53,7 +53,7 @@ class ReferencePlatform(Platform):
 
     def shape_policy(self, max_tokens: int, max_requests: int) -> ShapePolicy:
         """Exact shapes."""
-        return ExactShapes([Bucket(max_tokens, max_requests), Bucket(1, 1)])
+        return ExactShapes(list(dict.fromkeys([Bucket(max_tokens, max_requests), Bucket(1, 1)])))
 
     def compile(self, step: StepFunction, bucket: Bucket) -> StepFunction:
         """Unchanged."""

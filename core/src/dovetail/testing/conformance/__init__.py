@@ -15,6 +15,7 @@ from __future__ import annotations
 from dovetail.testing.conformance.attention import AttentionSuite
 from dovetail.testing.conformance.model import ModelSuite
 from dovetail.testing.conformance.ops import OpsSuite
+from dovetail.testing.conformance.platform import PlatformSuite
 from dovetail.testing.conformance.subject import Subject, Tested, registered, unregistered
 from dovetail.testing.conformance.suite import Scenario, Suite, needs, scenarios
 
@@ -22,6 +23,7 @@ __all__ = [
     "AttentionSuite",
     "ModelSuite",
     "OpsSuite",
+    "PlatformSuite",
     "Scenario",
     "Subject",
     "Suite",

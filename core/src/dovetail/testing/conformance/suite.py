@@ -19,6 +19,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """Largest error of a result, in units of the largest expected value, by the dtype it is computed in."""
 
+UNAVAILABLE = "not available here: "
+
 _DOCSTRING = re.compile(r"([a-z]+\.\d+): (.+)")
 
 
@@ -104,6 +106,12 @@ class Suite:
     def manifest(self) -> Any:
         """What is declared about the class under test."""
         return self.tested.manifest
+
+    def need_device(self, platform: Any) -> None:
+        """Skip the test where the platform class says that it is not available."""
+        probe = platform.probe()
+        if not probe.available:
+            pytest.skip(f"{UNAVAILABLE}{probe.reason}")
 
     def require(self, capability: str) -> None:
         """Skip the test unless the manifest's field of this name is true or not empty."""
