@@ -71,6 +71,9 @@ class DraftRunner:
             budget -= count
             entries.append(i)
             counts.append(count)
+        if not entries:
+            self._slots = []
+            return [], torch.empty(0, 0, device=self._tables.tokens_SL.device)
         slots = [state.slots[i] for i in entries]
         complete = [missing[i] == count for i, count in zip(entries, counts, strict=True)]
         self._slots = [slot for slot, done in zip(slots, complete, strict=True) if done]
@@ -122,8 +125,6 @@ class DraftRunner:
         updates: list[BlockUpdate],
     ) -> Tensor:
         """Logits ``[R, V]`` of the requests that sample."""
-        if not slots:
-            return torch.empty(0, 0, device=self._tables.tokens_SL.device)
         plan = StepPlan(
             step=0,
             new_rows=[],
