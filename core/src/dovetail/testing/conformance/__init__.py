@@ -13,17 +13,22 @@ A test file of two statements runs one::
 from __future__ import annotations
 
 from dovetail.testing.conformance.attention import AttentionSuite
+from dovetail.testing.conformance.executor import ExecutorManifest, ExecutorSuite
 from dovetail.testing.conformance.model import ModelSuite
 from dovetail.testing.conformance.ops import OpsSuite
 from dovetail.testing.conformance.platform import PlatformSuite
+from dovetail.testing.conformance.quant import QuantSuite
 from dovetail.testing.conformance.subject import Subject, Tested, registered, unregistered
 from dovetail.testing.conformance.suite import Scenario, Suite, needs, scenarios
 
 __all__ = [
     "AttentionSuite",
+    "ExecutorManifest",
+    "ExecutorSuite",
     "ModelSuite",
     "OpsSuite",
     "PlatformSuite",
+    "QuantSuite",
     "Scenario",
     "Subject",
     "Suite",

@@ -108,12 +108,19 @@ def weights(hf_config: Mapping[str, Any] = CONFIG) -> dict[str, Tensor]:
     return made | {name: 1 + 0.2 * torch.randn(HIDDEN_SIZE, generator=generator) for name in norms}
 
 
-def write_checkpoint(folder: Path, hf_config: Mapping[str, Any] = CONFIG) -> Path:
-    """Write config.json and model.safetensors into ``folder``, which is returned."""
+def write_checkpoint(folder: Path, hf_config: Mapping[str, Any] = CONFIG, *, poisoned: int | None = None) -> Path:
+    """Write config.json and model.safetensors into ``folder``, which is returned.
+
+    Args:
+        poisoned: a token whose embedding is NaN, so that whoever reads it gets logits that are not finite.
+    """
     (folder / "config.json").write_text(json.dumps(dict(hf_config)))
     header: dict[str, Any] = {}
     data = b""
-    for name, tensor in weights(hf_config).items():
+    tensors = weights(hf_config)
+    if poisoned is not None:
+        tensors["model.embed_tokens.weight"][poisoned] = torch.nan
+    for name, tensor in tensors.items():
         content = tensor.numpy().tobytes()
         offsets = [len(data), len(data) + len(content)]
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": offsets}
