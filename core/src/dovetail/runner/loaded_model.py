@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +15,24 @@ from dovetail.contracts.executor import KVGroup, Progress
 from dovetail.contracts.model import Model, ModelContext, ModelFacts
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Platform, ShapePolicy
+from dovetail.errors import ModelLoadError
 from dovetail.runner import kv_memory, self_check
 from dovetail.runner.forward import ForwardPass
 from dovetail.runner.load import load_selection
 from dovetail.runner.loader import load_weights
 from dovetail.runner.slots import SlotTables
+
+
+@contextmanager
+def _naming_readers(config: EngineConfig) -> Iterator[None]:
+    """Tensors that do not fit may be the fault of whoever said which to expect."""
+    try:
+        yield
+    except ModelLoadError as error:
+        readers = [("Model", config.model), ("number format", config.quant)]
+        names = " and ".join(f"{noun} {part.name!r} of {part.owner}" for noun, part in readers)
+        error.args = (f"{error}\n{names} say which tensors to expect; if the files are right, report it to them.",)
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +58,7 @@ class LoadedModel:
             quant=quant_class(config.hf_config.get("quantization_config")),
             max_model_len=config.max_model_len,
         )
-        with torch.inference_mode():
+        with torch.inference_mode(), _naming_readers(config):
             model = model_class(config.hf_config, context)
             load_weights(model, Path(config.model_path), progress)
         backend: AttentionBackend = load_selection(config.attention)(
