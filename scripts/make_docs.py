@@ -19,6 +19,7 @@ import click
 sys.path.insert(0, str(Path(__file__).parent))  # also where a test runs this file
 
 import lifecycle
+import support
 
 from dovetail import env, hookspecs
 from dovetail.cli.bench.group import bench
@@ -48,7 +49,13 @@ def main() -> None:
 
 def pages() -> dict[str, str]:
     """The files by name."""
-    return {"hooks.md": hooks(), "options.md": options(), "environment.md": environment(), "ops.md": ops()}
+    return {
+        "hooks.md": hooks(),
+        "options.md": options(),
+        "environment.md": environment(),
+        "ops.md": ops(),
+        "support.md": support.page(NOTICE, table),
+    }
 
 
 def plugin_pages() -> dict[Path, str]:

@@ -109,7 +109,32 @@ def test_explain_json(plain, capsys):
 def test_explain_refusal(plain, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert run(["explain", *plain, "--max-model-len", "4096"]) == 1
-    assert "--max-model-len 4096 exceeds the 2048 positions" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "--max-model-len 4096 exceeds the 2048 positions" in shown
+    assert "Nearest that works: --max-model-len 2048 " in shown
+    assert "(changed: --max-model-len 4096 → 2048)" in shown
+
+
+def test_explain_fallback(plain, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ["explain", *plain, "--max-model-len", "4096", "--allow-fallback"]
+    assert run(words) == 0
+    shown = capsys.readouterr().out
+    assert "With --allow-fallback this runs instead:\n  - --max-model-len 4096 → 2048, since --max-model-len" in shown
+    assert run([*words, "--json"]) == 0
+    explanation = json.loads(capsys.readouterr().out)
+    assert explanation["config"]["fallbacks"] == explanation["nearest"]["changes"]
+    assert explanation["config"]["max_model_len"] == 2048
+
+
+def test_generate_with_fallback_runs_and_warns(plain, capsys):
+    words = ["generate", *plain, "-p", "Once", "--max-model-len", "4096", *GREEDY]
+    assert run(words) == 2
+    assert "Nearest that works: --max-model-len 2048 " in capsys.readouterr().err
+    assert run([*words, "--allow-fallback"]) == 0
+    captured = capsys.readouterr()
+    assert "Fallback: --max-model-len 4096 → 2048" in captured.err
+    assert captured.out.startswith("Once")
 
 
 @pytest.mark.parametrize("output_len", [1, 3])

@@ -55,7 +55,7 @@ def test_platform(installed):
 
 
 def test_platform_serves(server):
-    model = httpx.get(f"{server.url}/config").json()["engine"]
+    model = httpx.get(f"{server.url}/v1/config").json()["engine"]
     assert model["platform"]["name"] == "abacus"
     body = {"prompt": [PROMPT] * 3, "max_tokens": 16, "temperature": 0}
     choices = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"]

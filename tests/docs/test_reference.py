@@ -1,5 +1,6 @@
 """What is written from the code is what the code would write."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -30,3 +31,12 @@ def test_every_hook_and_field_has_text():
     cells = [line.strip("| ").split(" | ") for line in PAGES["hooks.md"].splitlines() if line.startswith("| `")]
     assert len(cells) > 40
     assert all(len(row[-1].strip()) > 3 for row in cells), [row for row in cells if len(row[-1].strip()) <= 3]
+
+
+def test_every_registered_name_is_in_the_support_matrix():
+    from dovetail.plugins.host import PluginHost
+
+    registries = PluginHost(allow=("models", "quant", "specdec", "cuda", "tpu"), disable=()).discover().registries
+    first_cells = re.findall(r"^\| `([^`]+)` \|", PAGES["support.md"], re.MULTILINE)
+    names = {name for registry in registries.by_kind().values() for name in registry.names()}
+    assert names == set(first_cells)

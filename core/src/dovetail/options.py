@@ -191,7 +191,7 @@ def as_words(name: str, value: Any) -> list[str]:
     return [flag(name), json.dumps(value) if isinstance(value, Mapping) else str(value)]
 
 
-def asked(options: EngineOptions) -> dict[str, Any]:
+def asked(options: EngineOptions | ServerOptions) -> dict[str, Any]:
     """The options that differ from their defaults."""
     values = {f.name: getattr(options, f.name) for f in fields(options)}
     return {f.name: values[f.name] for f in fields(options) if values[f.name] != f.default}

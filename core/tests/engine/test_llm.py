@@ -274,3 +274,10 @@ def test_it_works_in_other_threads_and_without_a_handler(llm):
 def test_the_progress_bar_is_for_terminals_only(llm, capsys):
     llm.generate(["a", "b"], TEN)
     assert capsys.readouterr().err == ""
+
+
+def test_the_effective_configuration_is_logged_at_info(make, caplog):
+    with caplog.at_level("INFO", logger="dovetail.engine"):
+        make(max_model_len=100)
+    assert "* limits        100 tokens per request, 8 requests and 64 tokens per step" in caplog.text
+    assert "  attention     scripted (dovetail-core 0; for a test)" in caplog.text

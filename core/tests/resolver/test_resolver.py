@@ -803,3 +803,9 @@ def test_rejected_candidates_are_part_of_the_configuration(make, registries):
     (rejected,) = config.rejected["attention"]
     assert rejected.name == "fast"
     assert "does not accept float32" in rejected.reasons[0]
+
+
+def test_of_many_choices_a_message_offers_a_few(make, registries):
+    change(registries.attention, "fast", block_sizes=tuple(range(16, 513, 16)))
+    text = reason(make(attention="fast", block_size=20), registries)
+    assert "choose --block-size 16 or 32 or 48 or 64 or … or 512, or choose another" in text

@@ -29,7 +29,7 @@ def test_the_key_is_asked_for_wherever_something_is_computed_or_told(locked):
             assert response.status_code == 401, (path, headers)
             assert response.json()["error"]["code"] == "invalid_api_key"
             assert response.headers["www-authenticate"] == "Bearer"
-        for path in ("/v1/models", "/v1/models/fake", "/config", "/nowhere"):
+        for path in ("/v1/models", "/v1/models/fake", "/v1/config", "/nowhere"):
             assert locked.http.get(path, headers=headers).status_code == 401
     for path, body in BODIES.items():
         assert locked.http.post(path, json=body, headers=bearer(KEY)).status_code == 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from dovetail.config import Change
 from dovetail.engine.process import Outputs
 from dovetail.messages import EngineStats, RequestOutputDelta, RequestTimes
 from dovetail.server.metrics import Metrics
@@ -165,3 +166,20 @@ def test_statistics_and_times_of_the_engine(metrics):
         assert read(metrics, f"dovetail:{name}") == value, name
     metrics.engine_down()
     assert read(metrics, "dovetail:engine_up") == 0
+
+
+def test_the_effective_configuration_is_exported(metrics):
+    class Info:
+        block_size, num_blocks = 16, 100
+
+    change = Change(option="--dtype", asked="float16", got="float32", why=())
+    metrics.ready("m", engine_config(max_model_len=77, fallbacks=(change,)), Info)
+    found = samples(metrics.render().decode())
+    ((labels, value),) = [
+        (dict(labels), value) for (name, labels), value in found.items() if name == "dovetail:config_info"
+    ]
+    assert value == 1
+    parts = ("platform", "attention", "quantization", "speculation", "model_family")
+    assert {labels[part] for part in parts} == {"scripted", "none"}
+    assert (labels["dtype"], labels["kv_dtype"], labels["max_model_len"]) == ("float32", "float32", "77")
+    assert (labels["prefix_caching"], labels["fallbacks"]) == ("true", "1")

@@ -20,12 +20,27 @@ def test_models(server):
     assert server.http.get("/v1/models/fake").json() == card
 
 
-def test_the_resolved_configuration_is_served(server):
-    served = server.http.get("/config").json()
+def test_the_effective_configuration_is_served(server):
+    served = server.http.get("/v1/config").json()
+    assert set(served) == {"asked", "engine", "executor", "sampling_defaults", "plugins"}
+    assert served["asked"]["max_body_mb"] == 0.5
     assert served["engine"]["max_num_seqs"] == 16
+    assert served["engine"]["attention"]["why"] == "for a test"
+    assert served["engine"]["fallbacks"] == []
+    (builtin,) = [plugin for plugin in served["plugins"] if plugin["name"] == "builtin"]
+    assert (builtin["state"], builtin["traceback"]) == ("loaded", None)
     assert served["executor"]["block_size"] == 16
     assert served["sampling_defaults"] == {"temperature": 0.8, "top_p": 0.95}
     assert "temperature 0.8, top_p 0.95" in server.log
+
+
+def test_the_api_key_is_never_told(start):
+    locked = start(api_key="open-sesame")
+    headers = {"Authorization": "Bearer open-sesame"}
+    text = locked.http.get("/v1/config", headers=headers).text
+    assert "port" in text
+    assert "open-sesame" not in text
+    assert locked.http.get("/config", headers=headers).status_code == 404
 
 
 def test_tokenize_a_text(server):

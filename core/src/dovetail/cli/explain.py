@@ -14,6 +14,8 @@ from dovetail.options import EngineOptions
 from dovetail.plugins.host import PluginHost
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from dovetail.resolver import Explanation
 
 _SHOWN = (
@@ -36,7 +38,8 @@ _SHOWN = (
 def explain(engine: EngineOptions, log_level: str, as_json: bool) -> int:
     """Show what would run a model: which plugin gives each part, what was rejected, and why.
 
-    Exit code 1 if the model cannot run as asked.
+    If the model cannot run as asked, every reason is listed with the nearest configuration that works, and the exit
+    code is 1; with --allow-fallback that configuration is explained instead.
     """
     log.set_up(log_level)
     from dovetail import resolver
@@ -69,12 +72,30 @@ def _print(explanation: Explanation) -> None:
             console.print(Text(f"{part.part} {candidate.name} was not taken:", style="dim"))
             for reason in candidate.reasons:
                 console.print(Text(f"  - {reason}", style="dim"), soft_wrap=True)
+    _print_refusal(console, explanation)
     if explanation.config is None:
-        console.print(Text(f"Cannot run {explanation.model_name} as asked:", style="bold red"))
-        for reason in explanation.reasons:
-            console.print(Text(f"  - {reason}", style="red"), soft_wrap=True)
         return
     settings = Table("setting", "value")
     for name in _SHOWN:
         settings.add_row(name, Text(str(getattr(explanation.config, name))))
     console.print(settings)
+
+
+def _print_refusal(console: Console, explanation: Explanation) -> None:
+    """Why it does not run as asked, and what does instead."""
+    from rich.text import Text
+
+    from dovetail import resolver
+
+    if not explanation.reasons:
+        return
+    style = "red" if explanation.config is None else "yellow"
+    console.print(Text(f"Cannot run {explanation.model_name} as asked:", style=f"bold {style}"))
+    for reason in explanation.reasons:
+        console.print(Text(f"  - {reason}", style=style), soft_wrap=True)
+    if explanation.config is None:
+        console.print(Text(resolver.suggestion(explanation)), soft_wrap=True)
+        return
+    console.print(Text("With --allow-fallback this runs instead:", style="bold yellow"))
+    for change in explanation.config.fallbacks:
+        console.print(Text(f"  - {resolver.describe(change)}", style=style), soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dovetail import checkpoint
 from dovetail.config import EngineConfig
 from dovetail.contracts.executor import Executor
+from dovetail.engine import effective
 from dovetail.engine.chat_template import Message
 from dovetail.engine.engine import Engine
 from dovetail.engine.generation_config import recommended_params
@@ -26,7 +28,7 @@ from dovetail.engine.startup_progress import StartupProgress
 from dovetail.engine.tokenizer import Tokenizer
 from dovetail.errors import EngineDeadError, RequestError
 from dovetail.messages import EngineStats
-from dovetail.options import EngineOptions, parse
+from dovetail.options import EngineOptions, asked, parse
 from dovetail.sampling_params import SamplingParams
 
 
@@ -45,6 +47,8 @@ class TokensPrompt(TypedDict):
 Prompt = str | list[int] | TextPrompt | TokensPrompt
 Params = SamplingParams | Sequence[SamplingParams] | None
 ExecutorFactory = Callable[[EngineConfig], Executor]
+
+_logger = logging.getLogger("dovetail.engine")
 
 
 class LLM:
@@ -72,7 +76,8 @@ class LLM:
         **options: Any,
     ) -> None:
         named = {"model": _text(model), "tokenizer": _text(tokenizer), **options}
-        config = _resolve(parse(EngineOptions, named))
+        given = parse(EngineOptions, named)
+        config = _resolve(given)
         folder = config.model_path if tokenizer is None else checkpoint.locate_tokenizer(str(tokenizer))
         self.config = config
         self._tokenizer = Tokenizer.from_folder(folder, chat_template)
@@ -86,6 +91,8 @@ class LLM:
         try:
             with StartupProgress.shown(Console(stderr=True)) as progress:
                 info = executor.load(progress)
+            for line in effective.lines(list(effective.rows(config, info, asked(given)))):
+                _logger.info("%s", line)
             self._engine = Engine(config, executor, info)
         except BaseException:
             executor.close()

@@ -138,6 +138,12 @@ def misplaced(device_types: tuple[str, ...], platform: Entry[PlatformManifest] |
     return f"runs on {', '.join(device_types)}, not on {platform.manifest.device_type} of platform {platform.name!r}"
 
 
+_OFFERED = 6
+
+
 def either(values: Iterable[object]) -> str:
-    """The choices that a message offers."""
-    return " or ".join(str(value) for value in values)
+    """The choices that a message offers; of many, the first few and the last."""
+    words = [str(value) for value in values]
+    if len(words) > _OFFERED:
+        words[_OFFERED - 2 : -1] = ["…"]
+    return " or ".join(words)

@@ -20,6 +20,7 @@ from dovetail.errors import DovetailError, UnknownModelError
 from dovetail.server.auth import ApiKeyMiddleware
 from dovetail.server.chat import create_chat_completion
 from dovetail.server.completions import create_completion
+from dovetail.server.configuration import Configuration
 from dovetail.server.errors import ApiError, ClientGoneError, answer
 from dovetail.server.health import Health
 from dovetail.server.metrics import CONTENT_TYPE
@@ -38,7 +39,7 @@ def create_app(service: Service) -> Starlette:
             Route("/ping", health, methods=["GET", "POST"]),
             Route("/version", version, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
-            Route("/config", config, methods=["GET"]),
+            Route("/v1/config", config, methods=["GET"]),
             Route("/v1/models", models, methods=["GET"]),
             Route("/v1/models/{name:path}", model, methods=["GET"]),
             Route("/v1/completions", create_completion, methods=["POST"]),
@@ -80,9 +81,8 @@ async def metrics(request: Request) -> Response:
 
 
 async def config(request: Request) -> Response:
-    """The resolved configuration: what runs, and why."""
-    model = _service(request).served()
-    return _json({"engine": model.config, "executor": model.info, "sampling_defaults": model.defaults})
+    """What was asked for, what runs, and why."""
+    return _json(Configuration.of(_service(request)))
 
 
 async def models(request: Request) -> Response:

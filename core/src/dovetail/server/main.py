@@ -22,7 +22,7 @@ from dovetail.engine.generation_config import recommended_params
 from dovetail.engine.startup_progress import StartupProgress
 from dovetail.engine.tokenizer import Tokenizer
 from dovetail.errors import ConfigError
-from dovetail.options import EngineOptions, ServerOptions
+from dovetail.options import EngineOptions, ServerOptions, asked
 from dovetail.plugins.host import PluginHost
 from dovetail.server.app import create_app
 from dovetail.server.console import print_configuration
@@ -205,6 +205,7 @@ class Server:
             config=ready.config,
             info=ready.info,
             defaults=recommended_params(path),
+            asked=asked(self._engine_options),
         )
         self._service.open(model)
         print_configuration(self._console, model, ready, self._url())

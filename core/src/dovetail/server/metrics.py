@@ -143,6 +143,7 @@ class EngineCollector(Collector):
         """What is served; before, there is nothing to collect."""
         self._cache = {"block_size": str(info.block_size), "num_blocks": str(info.num_blocks)}
         self._platform = config.platform.name
+        self._config = _config_labels(config)
         self._model_name = name
 
     def collect(self) -> Iterable[Metric]:
@@ -157,6 +158,7 @@ class EngineCollector(Collector):
         yield _info("dovetail:cache_config_info", "The KV cache.", self._cache)
         model = {"model_name": self._model_name, "platform": self._platform}
         yield _info("dovetail:model_info", "What is served, and on what.", model)
+        yield _info("dovetail:config_info", "The effective configuration.", self._config)
         if self._compat:
             yield from self._compat_metrics(stats, self._model_name)
 
@@ -230,6 +232,29 @@ class _Progress:
     def __init__(self) -> None:
         self.tokens = 0
         self.first = self.last = 0.0
+
+
+def _config_labels(config: EngineConfig) -> dict[str, str]:
+    """What runs, in names and sizes that dashboards can tell servers apart by."""
+    speculation = config.spec_decoder
+    values = {
+        "model_family": config.model.name,
+        "platform": config.platform.name,
+        "attention": config.attention.name,
+        "quantization": config.quant.name,
+        "speculation": "none" if speculation is None else speculation.name,
+        "dtype": config.dtype,
+        "kv_dtype": config.kv_dtype,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "block_size": config.block_size,
+        "prefix_caching": config.enable_prefix_caching,
+        "chunked_prefill": config.enable_chunked_prefill,
+        "scheduling_policy": config.scheduling_policy,
+        "fallbacks": len(config.fallbacks),
+    }
+    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
 
 
 def _info(name: str, text: str, labels: dict[str, str]) -> GaugeMetricFamily:

@@ -51,6 +51,7 @@ class ServedModel:
     Attributes:
         name: what clients call it.
         defaults: sampling parameters that the checkpoint recommends.
+        asked: options of the engine that differ from their defaults.
         created: Unix time.
     """
 
@@ -59,6 +60,7 @@ class ServedModel:
     config: EngineConfig
     info: ExecutorInfo
     defaults: Mapping[str, Any]
+    asked: Mapping[str, Any] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_context(self, prompt_tokens: int, output_tokens: int | None, param: str) -> None:
