@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from dovetail.plugins.manifest import AttentionManifest, Manifest, QuantManifest
@@ -15,7 +14,6 @@ OFFERING: tuple[type[Manifest], ...] = (AttentionManifest, QuantManifest)
 """Manifests whose switches are capabilities that a model may need."""
 
 
-@lru_cache
 def switches(manifest: type[Manifest]) -> tuple[str, ...]:
     """The capabilities that manifests of this kind declare: their fields that are true or false."""
     return tuple(field.name for field in fields(manifest) if field.type in ("bool", bool))
