@@ -1,4 +1,4 @@
-"""The larger measurement model, if ``DOVETAIL_TEST_MODELS`` names the folder that holds it: 64 prompts × 128 tokens."""
+"""Larger trained models, if ``DOVETAIL_TEST_MODELS`` names the folder that holds them: 64 prompts × 128 tokens."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ import torch
 
 from dovetail.testing.engines import engine_request, run_until_idle
 
-MODEL = Path(os.environ.get("DOVETAIL_TEST_MODELS", "/nonexistent")) / "fable-30m"
+MODELS = Path(os.environ.get("DOVETAIL_TEST_MODELS", "/nonexistent"))
+NAMES = ("fable-30m", "fable-moe")
 pytestmark = [
     pytest.mark.shared,
     pytest.mark.slow,
-    pytest.mark.skipif(not MODEL.is_dir(), reason="DOVETAIL_TEST_MODELS names no folder with fable-30m"),
+    pytest.mark.skipif(
+        not all((MODELS / name).is_dir() for name in NAMES),
+        reason=f"DOVETAIL_TEST_MODELS names no folder with {' and '.join(NAMES)}",
+    ),
     pytest.mark.timeout(1800),
 ]
 COUNT = 128
 
 
-def prompts() -> list[list[int]]:
+def prompts(path: Path) -> list[list[int]]:
     """64 prompts of 20 to 200 tokens from the shipped tokenizer; every fourth begins alike."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     opening = "Once upon a time there lived in a small cottage near the great forest a woodcutter and his three sons. "
     names = ("king", "fox", "queen", "miller", "bear", "princess", "giant", "tailor")
     texts = []
@@ -34,13 +38,15 @@ def prompts() -> list[list[int]]:
     return [tokenizer.encode(text).ids for text in texts]
 
 
-def test_greedy_equals_transformers_token_for_token(make_engine) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_equals_transformers_token_for_token(make_engine, name: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    path = MODELS / name
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
-    batch = prompts()
-    engine = make_engine(MODEL, max_model_len=512, max_num_seqs=64, max_num_batched_tokens=256)
+    batch = prompts(path)
+    engine = make_engine(path, max_model_len=512, max_num_seqs=64, max_num_batched_tokens=256)
     for i, prompt in enumerate(batch):
         engine.add(engine_request(prompt, request_id=str(i), max_tokens=COUNT, ignore_eos=True))
     completions = run_until_idle(engine)

@@ -36,8 +36,17 @@ def test_a_block_is_as_large_as_its_group_has_layers():
 def test_the_default_holds_full_contexts_within_a_quarter():
     config = engine_config(max_model_len=64, max_num_seqs=3)  # 16 blocks of 4 each
     assert kv_memory.num_blocks(config, 100, FULL, 10**9) == 3 * 16 + 1
-    assert kv_memory.num_blocks(config, 100, MIXED, 10**9) == 2 * 3 * 16 + 1
+    assert kv_memory.num_blocks(config, 100, MIXED, 10**9) == 2 * 3 * 16 + 1  # a step may fill 64 tokens
     assert kv_memory.num_blocks(config, 100, FULL, 4 * 2000) == 20
+
+
+def test_a_window_reserves_what_it_shows_and_a_step_adds():
+    config = engine_config(max_model_len=64, max_num_seqs=3, max_num_batched_tokens=10)
+    assert kv_memory.num_blocks(config, 100, MIXED, 10**9) == 3 * (16 + 6) + 1  # 7 + 10 tokens, across page borders
+    config = engine_config(max_model_len=64, max_num_batched_tokens=10, kv_cache_memory=2300)
+    assert kv_memory.num_blocks(config, 100, MIXED, 10**9) == 23
+    with pytest.raises(ConfigError, match="One request of --max-model-len 64"):
+        kv_memory.num_blocks(engine_config(max_model_len=64, kv_cache_memory=2300), 100, MIXED, 10**9)
 
 
 def test_asked_memory_is_taken_as_asked_or_refused():

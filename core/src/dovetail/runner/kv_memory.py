@@ -8,6 +8,7 @@ from dovetail.config import EngineConfig
 from dovetail.contracts.attention import AttentionBackend, AttentionSpec, KVCache
 from dovetail.contracts.executor import KVGroup
 from dovetail.errors import ConfigError
+from dovetail.kv.groups import most_pages
 
 GIB = 1 << 30
 DEFAULT_SHARE = 4
@@ -29,12 +30,14 @@ def block_bytes(specs: Sequence[AttentionSpec], groups: Sequence[KVGroup], backe
 def num_blocks(config: EngineConfig, bytes_per_block: int, groups: Sequence[KVGroup], available: int) -> int:
     """Blocks of the pool, the null block included.
 
-    The default holds ``max_num_seqs`` full contexts in every group, within a quarter of the ``available`` bytes.
+    The default holds ``max_num_seqs`` full contexts, of which each group keeps what its window shows, within a quarter
+    of the ``available`` bytes.
 
     Raises:
         ConfigError: not even one request of ``max_model_len`` fits; the message says how much is missing.
     """
-    per_request = -(-config.max_model_len // config.block_size) * len(groups)
+    step = min(config.max_num_batched_tokens, config.max_model_len)
+    per_request = sum(most_pages(group.window, config.max_model_len, step, config.block_size) for group in groups)
     wanted = config.max_num_seqs * per_request + 1
     if config.kv_cache_memory is None:
         budget = min(wanted * bytes_per_block, available // DEFAULT_SHARE)
