@@ -5,6 +5,7 @@ from __future__ import annotations
 from dovetail.testing.conformance import ModelSuite, registered
 
 LAYERS = {"num_hidden_layers": 2}
+TIED_WITH_BIASES = {**LAYERS, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "num_hidden_layers": 3, "max_window_layers": 1}
 
 
@@ -15,7 +16,7 @@ class TestLlama(ModelSuite):
 
 class TestLlamaTiedWithBiases(ModelSuite):
     subject = registered("llama")
-    hf_config = {**LAYERS, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
+    hf_config = TIED_WITH_BIASES
 
 
 class TestMistral(ModelSuite):

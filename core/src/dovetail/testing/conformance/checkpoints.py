@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dovetail.contracts.model import Model
-from dovetail.contracts.quant import TensorSpec
 from dovetail.runner.loader import SINGLE, Plan, Target
 from dovetail.runner.tensor_file import DTYPES
 
@@ -43,11 +42,17 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     file.write_bytes(b"".join([len(encoded).to_bytes(8, "little"), encoded, *contents]))
 
 
-def declared(model: Model) -> Iterator[tuple[str, tuple[int, ...], TensorSpec]]:
-    """Every tensor that a checkpoint must hold, by its name there: the weight table read backwards.
+class Declared(NamedTuple):
+    """A tensor that a checkpoint must hold: its name and shape there, and the dotted name of the block that it fills.
+    """
 
-    Yields:
-        Name, shape (that of one part of a merged layer), and what the model declares.
+    name: str
+    shape: tuple[int, ...]
+    block: str
+
+
+def declared(model: Model) -> Iterator[Declared]:
+    """Every tensor that a checkpoint must hold: the weight table read backwards.
 
     Raises:
         ModelLoadError: the model holds parameters outside of blocks.
@@ -62,7 +67,7 @@ def declared(model: Model) -> Iterator[tuple[str, tuple[int, ...], TensorSpec]]:
                 shape = list(spec.shape)
                 if shard and spec.output_dim is not None:
                     shape[spec.output_dim] = block.shard_range(suffix, shard)[1]
-                yield plan.checkpoint_name(Target(name, suffix), shard), tuple(shape), spec
+                yield Declared(plan.checkpoint_name(Target(name, suffix), shard), tuple(shape), name)
 
 
 def random_tensors(model: Model, seed: int = 0) -> dict[str, Tensor]:

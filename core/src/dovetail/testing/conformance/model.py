@@ -125,7 +125,7 @@ class ModelSuite(Suite):
         """
         model = self._built(config)
         self.equal([name for name, _ in model.named_parameters()], [], "parameters outside of blocks")
-        names = [name for name, _, _ in declared(model)]
+        names = [tensor.name for tensor in declared(model)]
         self.check(bool(names), "no block declares a tensor.")
         self.equal(sorted({name for name in names if names.count(name) > 1}), [], "checkpoint names of several tensors")
 
@@ -209,7 +209,7 @@ class ModelSuite(Suite):
         expected = model.logits(prompt)
         for sizes in ((1,) * 24, (11, 13), (16, 1, 1, 6)):
             model.forget()
-            chunks = torch.split(torch.tensor(prompt), sizes)
+            chunks = torch.split(torch.tensor(prompt), list(sizes))
             got = torch.cat([model.step(Part(0, chunk.tolist()))[0] for chunk in chunks])
             self.near(got, expected, f"logits of chunks of {sizes} tokens", EXACT)
 
