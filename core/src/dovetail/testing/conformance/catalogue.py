@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from dovetail.testing.conformance.attention import AttentionSuite
+from dovetail.testing.conformance.executor import ExecutorSuite
+from dovetail.testing.conformance.model import ModelSuite
+from dovetail.testing.conformance.ops import OpsSuite
+from dovetail.testing.conformance.platform import PlatformSuite
+from dovetail.testing.conformance.quant import QuantSuite
 from dovetail.testing.conformance.suite import Suite
 
-SUITES: dict[str, tuple[type[Suite], ...]] = {}
+SUITES: dict[str, tuple[type[Suite], ...]] = {
+    "platforms": (PlatformSuite, OpsSuite),
+    "attention": (AttentionSuite,),
+    "models": (ModelSuite,),
+    "quant": (QuantSuite,),
+}
 """By field of :class:`~dovetail.plugins.registry.Registries`."""
+
+ALL: tuple[type[Suite], ...] = (*(suite for suites in SUITES.values() for suite in suites), ExecutorSuite)
+"""Every suite, those of what no plugin registers included."""

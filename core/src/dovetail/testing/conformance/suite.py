@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dovetail.testing.conformance.report import UNAVAILABLE
 from dovetail.testing.conformance.subject import Subject, Tested
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """Largest error of a result, in units of the largest expected value, by the dtype it is computed in."""
-
-UNAVAILABLE = "not available here: "
 
 _DOCSTRING = re.compile(r"([a-z]+\.\d+): (.+)")
 
