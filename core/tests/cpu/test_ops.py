@@ -53,6 +53,17 @@ def test_add_rms_norm(ops: OpTable, dtype: torch.dtype, size: int) -> None:
     assert torch.equal(residual, before[1])
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_norm_weights_may_be_wider_than_rows(ops: OpTable, dtype: torch.dtype, size: int) -> None:
+    x, residual = randn(9, size, dtype=dtype), randn(9, size, dtype=dtype, seed=1)
+    weight = 1 + randn(size, dtype=torch.float32, seed=2) * 1e-3  # rounds to 1 in bf16
+    check(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x.double(), weight.double(), 1e-5))
+    normed, total = ops.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(normed, ops.rms_norm(total, weight, 1e-5))
+    large = torch.full((1, size), 1e3, dtype=dtype)
+    assert torch.equal(ops.rms_norm(large, weight, 0.0), reference.rms_norm(large, weight, 0.0))
+
+
 @pytest.mark.parametrize(("head_size", "rotary_dim"), [(64, 64), (64, 16), (40, 24), (20, 20), (256, 256)])
 def test_rotary_in_place_on_views(ops: OpTable, dtype: torch.dtype, head_size: int, rotary_dim: int) -> None:
     qkv = randn(11, 6 + 2 * 2, head_size, dtype=dtype)
@@ -91,6 +102,19 @@ def test_silu_of_extreme_gates(ops: OpTable, dtype: torch.dtype) -> None:
     assert poisoned[0, 1] == float("inf")
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_gelu_tanh_and_mul(ops: OpTable, dtype: torch.dtype, size: int) -> None:
+    x = randn(300, 2 * size, dtype=dtype) * 4
+    check(ops.gelu_tanh_and_mul(x), reference.gelu_tanh_and_mul(x.double()))
+
+
+def test_gelu_of_extreme_gates(ops: OpTable, dtype: torch.dtype) -> None:
+    gates = torch.tensor([-1e30, -200.0, -10.0, -0.0, 10.0, 200.0, 1e30], dtype=dtype)
+    out = ops.gelu_tanh_and_mul(torch.cat([gates, torch.ones_like(gates)]).unsqueeze(0))
+    check(out, torch.tensor([[0, 0, 0, 0, 10.0, 200.0, 1e30]], dtype=dtype))
+    assert ops.gelu_tanh_and_mul(torch.tensor([[float("nan"), 1]], dtype=dtype)).isnan()
+
+
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize(("inputs", "outputs"), [(2, 1), (48, 63), (96, 130), (768, 64), (130, 257)])
 def test_linear(ops: OpTable, dtype: torch.dtype, inputs: int, outputs: int, bias: bool) -> None:
@@ -123,6 +147,7 @@ def test_inputs_of_another_dtype_run_on_the_reference(ops: OpTable) -> None:
     assert torch.equal(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
     assert torch.equal(ops.add_rms_norm(x, x, weight, 1e-5)[0], reference.rms_norm(2 * x, weight, 1e-5))
     assert torch.equal(ops.silu_and_mul(x), reference.silu_and_mul(x))
+    assert torch.equal(ops.gelu_tanh_and_mul(x), reference.gelu_tanh_and_mul(x))
     heads, positions, cos_sin = x.view(3, 1, 8), torch.arange(3), torch.rand(3, 8)
     expected = reference.rotary(heads, heads, positions, cos_sin)
     assert torch.equal(ops.rotary(heads, heads, positions, cos_sin)[0], expected[0])
@@ -189,6 +214,7 @@ def test_every_row_gets_the_same_bits_in_any_batch(native: Kernels, dtype: torch
             ops.rms_norm(rows, weight, 1e-5),
             *ops.add_rms_norm(rows, rows, weight, 1e-5),
             ops.silu_and_mul(rows),
+            ops.gelu_tanh_and_mul(rows),
             rotated[0].flatten(1),
         ]
 

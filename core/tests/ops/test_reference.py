@@ -91,6 +91,17 @@ def test_silu_and_mul(dtype):
     assert_matches(reference.silu_and_mul(x), expected, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_tanh_and_mul(dtype):
+    x = rand(3, 10, dtype=dtype)
+
+    def gelu(g):
+        return 0.5 * g * (1 + math.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)))
+
+    expected = [[gelu(g) * u for g, u in zip(row[:5], row[5:], strict=True)] for row in x.double().tolist()]
+    assert_matches(reference.gelu_tanh_and_mul(x), expected, dtype)
+
+
 def test_embedding_gathers_rows():
     table = rand(7, 3)
     assert torch.equal(reference.embedding(torch.tensor([6, 0, 6]), table), torch.stack([table[6], table[0], table[6]]))
@@ -242,7 +253,7 @@ def test_moe_experts(dtype):
             inside = [g / (1 + math.exp(-g)) * u for g, u in zip(hidden[:inner], hidden[inner:], strict=True)]
             for d in range(width):
                 expected[t, d] += weights[t, a].double() * dot(down[expert, d].tolist(), inside)
-    result = reference.moe_experts(x, gate_up, down, ids, weights)
+    result = reference.moe_experts(x, reference.experts_pack(gate_up), reference.experts_pack(down), ids, weights)
     assert result.dtype == dtype
     # bfloat16 rounds after each of three products
     tolerance = (3 if dtype == torch.bfloat16 else 1) * TOLERANCE[dtype]

@@ -18,6 +18,7 @@ def dovetail_register_platforms(register: Register[PlatformManifest]) -> None:
             attention=("cpu", "blocked", "reference"),
             ops=frozenset(
                 {"rms_norm", "add_rms_norm", "rotary", "silu_and_mul", "linear_pack", "linear", "embedding", "sample"}
+                | {"gelu_tanh_and_mul", "experts_pack", "moe_experts"}
             ),
         ),
         "dovetail.platforms.cpu.platform:CpuPlatform",

@@ -21,19 +21,21 @@ PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "dovetail_set_threads": (c_int, (c_int,)),
     "dovetail_norm": (
         None,
-        (c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float),
+        (c_int, c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float),
     ),
     "dovetail_rotary": (
         None,
         (c_int, c_void_p, c_long, c_int, c_void_p, c_long, c_int, c_int, c_void_p, c_void_p, c_int, c_long),
     ),
     "dovetail_silu_and_mul": (None, (c_int, c_void_p, c_void_p, c_long, c_long)),
+    "dovetail_gelu_tanh_and_mul": (None, (c_int, c_void_p, c_void_p, c_long, c_long)),
     "dovetail_packed_bytes": (c_long, (c_int, c_long, c_long)),
     "dovetail_pack": (None, (c_int, c_void_p, c_void_p, c_long, c_long)),
     "dovetail_linear": (
         None,
         (c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long),
     ),
+    "dovetail_experts": (None, (c_int, *(c_void_p,) * 10, *(c_long,) * 5)),
     "dovetail_gather": (c_int, (c_int, c_void_p, c_long, c_void_p, c_void_p, c_long, c_long)),
     "dovetail_argmax": (None, (c_int, c_void_p, c_long, c_void_p, c_long, c_long)),
     "dovetail_attention": (

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dovetail.ops import reference
 from dovetail.ops.sampling import SamplingTensors
+from dovetail.platforms.cpu.expert_ops import ExpertOps
 from dovetail.platforms.cpu.kernels import Kernels
 from dovetail.platforms.cpu.pages import Arena, Scratch
 
@@ -50,15 +51,18 @@ class CpuOps:
         library = kernels.library
         self._dtype = dtype
         self._bf16 = int(dtype == torch.bfloat16)
+        self._weight_dtypes = (dtype, torch.float32)  # of norms
         self._norm = library.dovetail_norm
         self._rotary = library.dovetail_rotary
         self._silu = library.dovetail_silu_and_mul
+        self._gelu = library.dovetail_gelu_tanh_and_mul
         self._linear = library.dovetail_linear
         self._pack = library.dovetail_pack
         self._packed_bytes = library.dovetail_packed_bytes
         self._gather = library.dovetail_gather
         self._argmax = library.dovetail_argmax
         self._arena = Arena()
+        self._experts = ExpertOps(kernels)
 
     def table(self) -> Mapping[str, Callable[..., Any]]:
         """Overrides for :class:`dovetail.contracts.ops.OpTable`."""
@@ -67,29 +71,32 @@ class CpuOps:
             "add_rms_norm": self.add_rms_norm,
             "rotary": self.rotary,
             "silu_and_mul": self.silu_and_mul,
+            "gelu_tanh_and_mul": self.gelu_tanh_and_mul,
             "linear_pack": self.linear_pack,
             "linear": self.linear,
             "embedding": self.embedding,
             "sample": self.sample,
+            **self._experts.table(),
         }
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """See the reference."""
-        if x_TD.dtype is not self._dtype or weight_D.dtype is not self._dtype:
+        if x_TD.dtype is not self._dtype or weight_D.dtype not in self._weight_dtypes:
             return reference.rms_norm(x_TD, weight_D, eps)
         x = x_TD.contiguous()
         size = x.shape[-1]
         rows = x.numel() // size
         out = torch.empty_like(x) if rows < MANY_ROWS else SCRATCH.empty(x.shape, x.dtype)
         self._norm(
-            self._bf16, x.data_ptr(), size, None, weight_D.data_ptr(), out.data_ptr(), None, rows, size, eps
-        )
+            self._bf16, weight_D.dtype is torch.bfloat16, x.data_ptr(), size, None, weight_D.data_ptr(), out.data_ptr(),
+            None, rows, size, eps,
+        )  # fmt: skip
         return out
 
     def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """See the reference."""
         dtype = self._dtype
-        if x_TD.dtype is not dtype or residual_TD.dtype is not dtype or weight_D.dtype is not dtype:
+        if x_TD.dtype is not dtype or residual_TD.dtype is not dtype or weight_D.dtype not in self._weight_dtypes:
             return reference.add_rms_norm(x_TD, residual_TD, weight_D, eps)
         x, residual = x_TD.contiguous(), residual_TD.contiguous()
         size = x.shape[-1]
@@ -99,8 +106,8 @@ class CpuOps:
         else:
             out, total = SCRATCH.empty(x.shape, dtype), SCRATCH.empty(x.shape, dtype)
         self._norm(
-            self._bf16, x.data_ptr(), size, residual.data_ptr(), weight_D.data_ptr(), out.data_ptr(), total.data_ptr(),
-            rows, size, eps,
+            self._bf16, weight_D.dtype is torch.bfloat16, x.data_ptr(), size, residual.data_ptr(), weight_D.data_ptr(),
+            out.data_ptr(), total.data_ptr(), rows, size, eps,
         )  # fmt: skip
         return out, total
 
@@ -122,13 +129,22 @@ class CpuOps:
         """See the reference."""
         if x_T2F.dtype is not self._dtype:
             return reference.silu_and_mul(x_T2F)
+        return self._gated(self._silu, x_T2F)
+
+    def gelu_tanh_and_mul(self, x_T2F: Tensor) -> Tensor:
+        """See the reference."""
+        if x_T2F.dtype is not self._dtype:
+            return reference.gelu_tanh_and_mul(x_T2F)
+        return self._gated(self._gelu, x_T2F)
+
+    def _gated(self, kernel: Callable[..., None], x_T2F: Tensor) -> Tensor:
         x = x_T2F.contiguous()
         *rows_shape, double = x.shape
         size = double // 2
         rows = x.numel() // double
         shape = (*rows_shape, size)
         out = x.new_empty(shape) if rows < MANY_ROWS else SCRATCH.empty(shape, x.dtype)
-        self._silu(self._bf16, x.data_ptr(), out.data_ptr(), rows, size)
+        kernel(self._bf16, x.data_ptr(), out.data_ptr(), rows, size)
         return out
 
     def linear_pack(self, weight_OI: Tensor) -> PackedLinear | Tensor:

@@ -19,8 +19,9 @@ struct norm {
     float eps;
 };
 
-// Without a residual: out = norm(x). With one: sum = x + residual, rounded to storage, and out = norm(sum).
-INLINE void norm_row(int bf16, const struct norm *n, long row) {
+// Without a residual: out = norm(x). With one: sum = x + residual, rounded to storage, and out = norm(sum). The weight may be
+// fp32 beside bf16 rows.
+INLINE void norm_row(int bf16, int weight_bf16, const struct norm *n, long row) {
     const void *x = element(bf16, n->x, row * n->x_stride);
     void *out = element_mut(bf16, n->out, row * n->size);
     vec squares[4] = {vec_set(0), vec_set(0), vec_set(0), vec_set(0)};
@@ -41,23 +42,28 @@ INLINE void norm_row(int bf16, const struct norm *n, long row) {
     vec scale = vec_set(1.0f / sqrtf(total / (float)n->size + n->eps));
     for (long i = 0; i < n->size; i += LANES) {
         vec v = vec_mul(load_upto(bf16, x, i, n->size), scale);
-        store_upto(bf16, out, i, n->size, vec_mul(v, load_upto(bf16, n->weight, i, n->size)));
+        store_upto(bf16, out, i, n->size, vec_mul(v, load_upto(weight_bf16, n->weight, i, n->size)));
     }
 }
 
 static void norm_fp32(const void *context, long item) {
     const struct norm *n = context;
-    FOR_ROWS_OF(item, n->rows) norm_row(0, n, row);
+    FOR_ROWS_OF(item, n->rows) norm_row(0, 0, n, row);
 }
 static void norm_bf16(const void *context, long item) {
     const struct norm *n = context;
-    FOR_ROWS_OF(item, n->rows) norm_row(1, n, row);
+    FOR_ROWS_OF(item, n->rows) norm_row(1, 1, n, row);
+}
+static void norm_bf16_by_fp32(const void *context, long item) {
+    const struct norm *n = context;
+    FOR_ROWS_OF(item, n->rows) norm_row(1, 0, n, row);
 }
 
-void dovetail_norm(int bf16, const void *x, long x_stride, const void *residual, const void *weight, void *out, void *sum,
-                   long rows, long size, float eps) {
+void dovetail_norm(int bf16, int weight_bf16, const void *x, long x_stride, const void *residual, const void *weight, void *out,
+                   void *sum, long rows, long size, float eps) {
     struct norm n = {x, residual, weight, out, sum, rows, size, x_stride, eps};
-    parallel_for(items_for(rows), threads_for(rows * size), bf16 ? norm_bf16 : norm_fp32, &n);
+    work_fn work = !bf16 ? norm_fp32 : weight_bf16 ? norm_bf16 : norm_bf16_by_fp32;
+    parallel_for(items_for(rows), threads_for(rows * size), work, &n);
 }
 
 struct rotary {
@@ -105,33 +111,54 @@ void dovetail_rotary(int bf16, void *q, long q_stride, int q_heads, void *k, lon
     parallel_for(items_for(tokens), threads_for(elements), bf16 ? rotary_bf16 : rotary_fp32, &r);
 }
 
-struct silu {
+struct gated {
     const void *x;
     void *out;
     long rows, size;
 };
 
-INLINE void silu_row(int bf16, const struct silu *s, long row) {
+// gelu(g), tanh form: 0.5 g (1 + tanh u) = g sigmoid(2 u), where u = sqrt(2 / pi) (g + 0.044715 g^3).
+INLINE vec twice_gelu_argument(vec g) {
+    vec cube = vec_mul(vec_mul(g, g), vec_mul(g, vec_set(0.044715f)));
+    return vec_mul(vec_add(g, cube), vec_set(1.5957691216057308f));
+}
+
+INLINE void gated_row(int bf16, int gelu, const struct gated *s, long row) {
     const void *gate = element(bf16, s->x, row * 2 * s->size), *up = element(bf16, gate, s->size);
     void *out = element_mut(bf16, s->out, row * s->size);
     for (long i = 0; i < s->size; i += LANES) {
         vec g = load_upto(bf16, gate, i, s->size);
-        vec one_plus = vec_add(vec_set(1), vec_exp(vec_sub(vec_set(0), g)));
+        vec argument = gelu ? twice_gelu_argument(g) : g;
+        vec one_plus = vec_add(vec_set(1), vec_exp(vec_sub(vec_set(0), argument)));
         store_upto(bf16, out, i, s->size, vec_mul(vec_div(g, one_plus), load_upto(bf16, up, i, s->size)));
     }
 }
 
 static void silu_fp32(const void *context, long item) {
-    const struct silu *s = context;
-    FOR_ROWS_OF(item, s->rows) silu_row(0, s, row);
+    const struct gated *s = context;
+    FOR_ROWS_OF(item, s->rows) gated_row(0, 0, s, row);
 }
 static void silu_bf16(const void *context, long item) {
-    const struct silu *s = context;
-    FOR_ROWS_OF(item, s->rows) silu_row(1, s, row);
+    const struct gated *s = context;
+    FOR_ROWS_OF(item, s->rows) gated_row(1, 0, s, row);
+}
+static void gelu_fp32(const void *context, long item) {
+    const struct gated *s = context;
+    FOR_ROWS_OF(item, s->rows) gated_row(0, 1, s, row);
+}
+static void gelu_bf16(const void *context, long item) {
+    const struct gated *s = context;
+    FOR_ROWS_OF(item, s->rows) gated_row(1, 1, s, row);
 }
 
 // out[row] = silu(x[row][:size]) * x[row][size:]
 void dovetail_silu_and_mul(int bf16, const void *x, void *out, long rows, long size) {
-    struct silu s = {x, out, rows, size};
+    struct gated s = {x, out, rows, size};
     parallel_for(items_for(rows), threads_for(rows * size), bf16 ? silu_bf16 : silu_fp32, &s);
+}
+
+// The same with gelu.
+void dovetail_gelu_tanh_and_mul(int bf16, const void *x, void *out, long rows, long size) {
+    struct gated s = {x, out, rows, size};
+    parallel_for(items_for(rows), threads_for(rows * size), bf16 ? gelu_bf16 : gelu_fp32, &s);
 }

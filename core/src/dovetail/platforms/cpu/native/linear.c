@@ -1,15 +1,9 @@
-// y = x wᵀ + bias over weights packed into panels of PANEL outputs: [panel][step][PANEL] of 32 bits, where a step is one fp32
-// input or two bf16 inputs. A panel streams through memory in order; outputs beyond the last are zero.
+// y = x wᵀ + bias over weights packed into panels.
+#include "panels.h"
 #include "parallel.h"
-#include "tile.h"
-
-#define PANEL 64
-#define PANEL_BYTES (PANEL * 4)
-#define BLOCK_ROWS 96  // rows of x that stay in the second-level cache while panels pass
 
 long dovetail_packed_bytes(int bf16, long outputs, long inputs) {
-    long steps = bf16 ? (inputs + 1) / 2 : inputs;
-    return (outputs + PANEL - 1) / PANEL * steps * PANEL_BYTES;
+    return panels_of(outputs) * steps_of(bf16, inputs) * PANEL_BYTES;
 }
 
 struct pack {
@@ -34,8 +28,8 @@ static void pack_panel(const void *context, long panel) {
 }
 
 void dovetail_pack(int bf16, const void *weight, void *packed, long outputs, long inputs) {
-    struct pack p = {weight, packed, outputs, inputs, bf16 ? (inputs + 1) / 2 : inputs, bf16};
-    parallel_for((outputs + PANEL - 1) / PANEL, parallel_threads(), pack_panel, &p);
+    struct pack p = {weight, packed, outputs, inputs, steps_of(bf16, inputs), bf16};
+    parallel_for(panels_of(outputs), parallel_threads(), pack_panel, &p);
 }
 
 struct linear {
@@ -46,15 +40,10 @@ struct linear {
 };
 
 INLINE void linear_tile(int bf16, int rows, const struct linear *l, long row, long panel, int part) {
-    const char *a[TILE_ROWS], *b[TILE_VECS];
+    const char *a[TILE_ROWS];
     vec acc[TILE_ROWS][TILE_VECS];
-    for (int r = 0; r < rows; r++) {
-        a[r] = l->x + (row + r) * l->x_stride * (bf16 ? 2 : 4);
-        for (int j = 0; j < TILE_VECS; j++) acc[r][j] = vec_set(0);
-    }
-    for (int j = 0; j < TILE_VECS; j++)
-        b[j] = l->packed + panel * l->steps * PANEL_BYTES + (part + j * LANES) * 4;
-    tile_steps(bf16, rows, TILE_VECS, acc, a, b, PANEL_BYTES, l->steps);
+    for (int r = 0; r < rows; r++) a[r] = element(bf16, l->x, (row + r) * l->x_stride);
+    panel_tile(bf16, rows, acc, a, l->packed + panel * l->steps * PANEL_BYTES, part, l->steps);
     for (int j = 0; j < TILE_VECS; j++) {
         long output = panel * PANEL + part + j * LANES;
         if (output >= l->outputs) break;
@@ -84,7 +73,7 @@ static void linear_bf16(const void *context, long item) { linear_item(1, context
 // x: [rows, inputs] with x_stride elements between rows; bf16 needs an even number of inputs. y: [rows, outputs].
 void dovetail_linear(int bf16, const void *x, long x_stride, const void *packed, const void *bias, void *y, long rows,
                      long inputs, long outputs) {
-    long panels = (outputs + PANEL - 1) / PANEL, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    long panels = panels_of(outputs), blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     struct linear l = {x, packed, bias, y, rows, inputs, outputs, x_stride, bf16 ? inputs / 2 : inputs, panels};
     parallel_for(panels * blocks, parallel_threads(), bf16 ? linear_bf16 : linear_fp32, &l);
 }
