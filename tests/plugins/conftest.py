@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -174,6 +175,21 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Site]:
             [*pip, "--disable-pip-version-check", "--target", str(folder), *wheels], check=True, timeout=120
         )
         return Site(folder, variables or {})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def install_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Site]:
+    """Build a source tree and install it with pip into a new folder."""
+
+    def make(source: Path) -> Site:
+        folder = tmp_path_factory.mktemp("site")
+        copy = shutil.copytree(source, tmp_path_factory.mktemp("source") / source.name)  # building writes into it
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+        command = [*pip, "--disable-pip-version-check", "--target", str(folder), str(copy)]
+        subprocess.run(command, check=True, timeout=120)
+        return Site(folder)
 
     return make
 

@@ -1,0 +1,1 @@
+"""A Dovetail plugin of the first version, kept as it was."""
