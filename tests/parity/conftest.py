@@ -83,17 +83,17 @@ class Reference:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+        self.model.generation_config.eos_token_id = None
 
     @torch.inference_mode()
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         """``count`` greedy tokens; end-of-sequence does not stop."""
-        cache, step, tokens = None, torch.tensor([prompt]), []
-        while len(tokens) < count:
-            output = self.model(step, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            tokens.append(int(output.logits[0, -1].argmax()))
-            step = torch.tensor([tokens[-1:]])
-        return tokens
+        ids = torch.tensor([prompt])
+        tokens = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
+        )
+        new: list[int] = tokens[0, len(prompt) :].tolist()
+        return new
 
     @torch.inference_mode()
     def logprobs(self, tokens: list[int]) -> torch.Tensor:

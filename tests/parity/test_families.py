@@ -33,20 +33,32 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 20}),
     "qwen2": ("Qwen2", {**MIXED, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {**MIXED, "layer_types": ["sliding_attention", "full_attention"] * 2, "head_dim": 64}),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 6, "moe_intermediate_size": 40, "mlp_only_layers": [1]}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 20}),
+    "gemma2": ("Gemma2", {"sliding_window": 20, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
+    "gemma3": ("Gemma3", {"sliding_window": 20, "sliding_window_pattern": 3, "num_hidden_layers": 6}),
 }
 COUNT = 40
 
 
-CASES = [("cpu", family) for family in FAMILIES] + [("ladder", "qwen2"), ("reference", "mistral")]
+CASES = [("cpu", family) for family in FAMILIES] + [
+    *(("ladder", "qwen2"), ("reference", "mistral"), ("ladder", "gemma3"), ("reference", "mixtral")),
+]
+
+
+def random_checkpoint(family: str, path: Path) -> transformers.PreTrainedModel:
+    """Save a random model of a family; returns transformers' own."""
+    name, changes = FAMILIES[family]
+    torch.manual_seed(3)
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    theirs = model_class(model_class.config_class(**(TINY | changes))).eval()
+    theirs.save_pretrained(path)
+    return theirs
 
 
 @pytest.mark.parametrize(("platform", "family"), CASES)
 def test_greedy_equals_transformers(make_engine, tmp_path: Path, family: str, platform: str) -> None:
-    name, changes = FAMILIES[family]
-    torch.manual_seed(3)
-    config = getattr(transformers, f"{name}Config")(**(TINY | changes))
-    theirs = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    theirs.save_pretrained(tmp_path)
+    theirs = random_checkpoint(family, tmp_path)
     rng = random.Random(5)
     shared = [rng.randrange(128) for _ in range(35)]
     prompts = [shared + [rng.randrange(128) for _ in range(n)] for n in (1, 9, 30)]
