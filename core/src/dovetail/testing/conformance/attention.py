@@ -50,7 +50,7 @@ class AttentionSuite(Suite):
         device, ops = self._place(dtype)
         size = block_size or self.block_sizes()[0]
         backend = self.tested.cls(ops=ops, device=device, dtype=dtype, kv_dtype=kv_dtype or dtype, block_size=size)
-        return Bench(backend=backend, device=device, dtype=dtype, block_size=size)
+        return Bench(backend=backend, device=device, dtype=dtype, block_size=size, fail=self.fail)
 
     def block_sizes(self) -> Sequence[int]:
         """Some that the manifest declares: the usual one, and extremes."""
@@ -228,10 +228,10 @@ class AttentionSuite(Suite):
         """attention.16: scores of some hundreds neither overflow nor lose the largest."""
         bench, spec = self.bench(dtype), self.spec()
         (request,), blocks = bench.requests(spec, (40,))
-        loud = replace(request, q_LHK=torch.sign(request.q_LHK) * 16)
+        loud = replace(request, q_LHK=torch.sign(request.q_LHK) * 128)
         out = self.run_whole(bench, spec, loud, blocks)
-        # a score of 300 is rounded to 2e-5 in float32, and to 1 part in 256 where products are rounded to bfloat16
-        self._agree([out], [loud], spec, dtype, "queries of ±16", looser=20)
+        # a score of some hundreds is rounded to 1e-4 even in float32
+        self._agree([out], [loud], spec, dtype, "queries of ±128", looser=20)
 
     def test_many_requests(self, dtype: torch.dtype) -> None:
         """attention.17: a step of many requests of very different lengths gives each its own result."""
@@ -322,7 +322,7 @@ class AttentionSuite(Suite):
         nobody = Part(bench.request(spec, 0, (), seed=0), 0, 0)
         for tokens, requests in ((1, 1), (64, 4)):
             layout = Layout(padding_tokens=tokens, padding_requests=requests - 1)
-            self._finite(lambda layout=layout: bench.run([nobody], store, spec, layout), f"{tokens} padding tokens")
+            bench.run([nobody], store, spec, layout)
 
     def test_requests_without_tokens(self, dtype: torch.dtype) -> None:
         """attention.25: requests without tokens may stand anywhere in the step."""
@@ -373,15 +373,17 @@ class AttentionSuite(Suite):
         bench, spec = self.bench(dtype), self.spec()
         specs = [spec, replace(spec, window=9) if self.manifest.sliding_window else spec]
         requests, blocks = bench.requests(spec, (40, 21, 40, 21))
-        groups = [[whole(r) for r in requests[:2]], [whole(r) for r in requests[2:]]]
-        tables = bench.tables(*groups, layout=Layout())
-        metadata = [bench.backend.build_metadata(tables, group) for group in range(2)]
         store = bench.backend.allocate(spec, blocks)
-        for again in range(2):  # the second layer of each group stores the same once more
-            for group, built, layer in zip(groups, metadata, specs, strict=True):
-                outs = bench.forward(group, store, built, layer, Layout())
-                expected = [part.request for part in group]
-                self._agree(outs, expected, layer, dtype, f"layer {again} of the group with window {layer.window}")
+        for start, end in ((0, 1), (1, 0)):  # all but the last token of each request, then the last
+            halves = (requests[:2], requests[2:])
+            groups = [[Part(r, start * (len(r) - 1), len(r) - end) for r in half] for half in halves]
+            tables = bench.tables(*groups, layout=Layout())
+            metadata = [bench.backend.build_metadata(tables, group) for group in range(2)]
+            for parts, built, layer in zip(groups, metadata, specs, strict=True):
+                for part, out in zip(parts, bench.forward(parts, store, built, layer, Layout()), strict=True):
+                    expected = dense(part.request, layer)[part.start : part.end]
+                    what = f"tokens {part.start} to {part.end} of the group with window {layer.window}"
+                    self.close(out, expected, what, dtype=dtype)
 
     def test_caches_are_apart(self, dtype: torch.dtype) -> None:
         """attention.29: layers that do not share a cache do not share memory."""
@@ -470,17 +472,10 @@ class AttentionSuite(Suite):
             expected = dense(request, spec)
             self.close(out, expected, f"{len(request)} tokens, {what}", dtype=dtype, looser=looser)
 
-    def _finite(self, run: Any, what: str) -> None:
-        __tracebackhide__ = True
-        try:
-            run()
-        except ValueError as error:
-            self.fail(f"{what}: {error}")
-
     def _poison_null_block(self, bench: Bench, store: Any, spec: AttentionSpec) -> None:
         nobody = Part(bench.request(spec, 0, (), seed=0), 0, 0)
         layout = Layout(padding_tokens=2 * bench.block_size, padding_value=1e4)
-        self._finite(lambda: bench.run([nobody], store, spec, layout), "padding tokens of 1e4")
+        bench.run([nobody], store, spec, layout)
 
     def _with_common_prefix(self, bench: Bench, spec: AttentionSpec) -> tuple[list[Request], int]:
         """Two requests that agree in their first whole blocks, and hold them in common."""
