@@ -14,6 +14,7 @@ from dovetail.cli.bench.group import bench
 from dovetail.cli.main import cli
 from dovetail.config import EngineConfig
 from dovetail.contracts.executor import ExecutorInfo
+from dovetail.deprecations import LEDGER
 from dovetail.server.app import create_app
 from dovetail.server.metrics import Metrics
 from dovetail.server.protocol import _IGNORED, _UNSUPPORTED, ChatBody, CompletionBody, GenerationBody
@@ -77,7 +78,14 @@ def test_dotted_names_exist():
                 continue
             found = import_module("dovetail")
             for i, part in enumerate(parts[1:], start=2):
-                found = getattr(found, part, None) or import_module(".".join(parts[:i]))
+                found = getattr(found, part) if hasattr(found, part) else import_module(".".join(parts[:i]))
+
+
+def test_every_deprecation_is_listed():
+    text = (ROOT / "docs/plugins/stability.md").read_text().partition("## Deprecations")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (\S+) \| (\S+) \|$", text, re.MULTILINE)
+    ledger = [(entry.what, entry.instead, entry.since, entry.removed_in) for entry in LEDGER]
+    assert [row for row in rows if "nothing at present" not in row and row[2] != "since"] == ledger
 
 
 def test_files_of_the_source_exist():
