@@ -88,7 +88,7 @@ class AttentionBackend(ABC):
     def page_bytes(self, spec: AttentionSpec) -> int:
         """Bytes of one block of one layer.
 
-        Phase: load. Order: 2. Times: per layer. May raise: ConfigError.
+        Phase: load. Order: 3. Times: per layer. May raise: ConfigError.
         """
         ...
 
@@ -96,7 +96,7 @@ class AttentionBackend(ABC):
     def allocate(self, spec: AttentionSpec, num_blocks: int) -> KVCache:
         """One layer's cache of ``num_blocks`` blocks. Memory need not be touched before use.
 
-        Phase: load. Order: 3. Times: per layer of the largest group. May raise: ConfigError.
+        Phase: load. Order: 2. Times: for the start-up checks, then per layer of the largest group. May raise: ConfigError.
         """
         ...
 
@@ -114,7 +114,7 @@ class AttentionBackend(ABC):
     ) -> Tensor:
         """Store ``k`` and ``v`` of all tokens of this step, then attend. Causal within each request.
 
-        Phase: step. Order: 2. Times: per layer. May raise: nothing.
+        Phase: step. Order: 3. Times: per layer. May raise: nothing.
 
         A request may see pages that another request of the same step fills, so nothing is read before all is stored.
 

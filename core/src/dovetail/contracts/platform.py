@@ -161,7 +161,7 @@ class Platform(ABC):
     def memory(self) -> MemoryInfo:
         """Device memory now.
 
-        Phase: load. Order: 4. Times: once, after the weights. May raise: nothing.
+        Phase: load. Order: 5. Times: once, after the weights. May raise: nothing.
         """
         ...
 
@@ -186,7 +186,7 @@ class Platform(ABC):
     def shape_policy(self, max_tokens: int, max_requests: int) -> ShapePolicy:
         """Which step sizes exist, given the largest step.
 
-        Phase: load. Order: 5. Times: once. May raise: ConfigError.
+        Phase: load. Order: 4. Times: for the start-up checks, and once more. May raise: ConfigError.
         """
         ...
 

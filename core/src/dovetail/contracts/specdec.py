@@ -118,7 +118,7 @@ class SpecDecoder(ABC):
         """Draft for the given requests, at least one. Any proposal within ``limit`` and the vocabulary is safe:
         verification keeps the output exact.
 
-        Phase: step. Order: 2. Times: once, after sampling. May raise: nothing.
+        Phase: step. Order: 1. Times: once, after sampling. May raise: nothing.
         """
         ...
 
@@ -126,6 +126,6 @@ class SpecDecoder(ABC):
     def release(self, slots: Sequence[int]) -> None:
         """The requests in these slots left; forget them before the slots are used again.
 
-        Phase: step. Order: 1. Times: once, before the model runs, if requests left. May raise: nothing.
+        Phase: step. Order: 2. Times: once, before the next step, if requests left. May raise: nothing.
         """
         ...
