@@ -90,6 +90,12 @@ def test_the_batch_keeps_to_the_limits_and_computes_every_token_once():
     assert done == {0: 24, 1: 7, 2: 18, 3: 5}
 
 
+@pytest.mark.parametrize("block_size", [1, 2, 3, 8, 128])
+def test_any_page_size(block_size):
+    check(ReferenceAttention, block_size=block_size)
+    check(BlockedAttention, block_size=block_size)
+
+
 def liar(**methods):
     return type("Liar", (ReferenceAttention,), methods)
 

@@ -162,8 +162,9 @@ def _tensor_bytes(cache: Any) -> int:
     storages: dict[int, tuple[int, int]] = {}
     for tensor in _tensors(cache):
         storage = tensor.untyped_storage()
-        shown, _ = storages.get(storage.data_ptr(), (0, 0))
-        storages[storage.data_ptr()] = (shown + tensor.nbytes, storage.nbytes())
+        identity = storage._cdata  # an accelerator's storage need not have an address
+        shown, _ = storages.get(identity, (0, 0))
+        storages[identity] = (shown + tensor.nbytes, storage.nbytes())
     return sum(min(shown, whole) for shown, whole in storages.values())
 
 

@@ -82,7 +82,8 @@ class TinyBatch:
         self.dtype = dtype
         self.kv_dtype = kv_dtype
         counts = [min(count, max_tokens, max_len) for count in (5, 1, 4, 7)]
-        wanted = (block_size + 3, 6, block_size - 2, 0)
+        drafted = min(max(block_size - 2, 0), 30)  # drafts cross into the next page, unless that is far away
+        wanted = (block_size + 3, 6, drafted, 0)
         self._done = [min(done, max_len - count) for done, count in zip(wanted, counts, strict=True)]
         self._counts = counts
         pages = [-(-(done + count) // block_size) for done, count in zip(self._done, counts, strict=True)]
