@@ -18,6 +18,7 @@ from dovetail.contracts.quant import PackedLinear, QuantMethod, TensorSpec
 from dovetail.errors import ModelLoadError
 from dovetail.layers.linear import Unquantized
 from dovetail.layers.mlp import RoutedMLP
+from dovetail.layers.router import Router
 from dovetail.runner.loader import load_weights
 
 E, D, F, ACTIVE = 5, 6, 8, 2
@@ -123,6 +124,28 @@ def test_tokens_go_to_their_experts(tmp_path: Path, quant: QuantMethod, normaliz
         for count in (1, 2, 3, 17):
             torch.testing.assert_close(model.mlp.forward(x[:count]), out[:count], rtol=1e-5, atol=1e-6)
         assert model.mlp.forward(x[:0]).shape == (0, D)
+
+
+@pytest.mark.parametrize(("num_experts", "num_active"), [(4, 2), (128, 8)])
+def test_a_token_takes_the_same_route_in_any_batch(num_experts: int, num_active: int) -> None:
+    """Bit for bit, as far as the linear layer keeps its rows apart."""
+    context = ModelContext(
+        ops=OpTable(linear=lambda x, weight, bias: x),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        quant=Unquantized(),
+        max_model_len=1,
+    )
+    router = Router(context, "gate", 1, num_experts=num_experts, num_active=num_active, normalize=True)
+    x = torch.randn(150, num_experts, generator=torch.Generator().manual_seed(3))
+    ids, weights = router.route(x)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(150))
+    for count in (1, 2, 7, 64):
+        for start in range(0, 150 - count, count):
+            part = slice(start, start + count)
+            alone = router.route(x[part])
+            assert torch.equal(alone[0], ids[part])
+            assert torch.equal(alone[1], weights[part])
 
 
 def test_a_number_format_runs_once_per_expert_that_has_tokens(tmp_path: Path) -> None:

@@ -274,6 +274,13 @@ def test_refusals_name_the_field(family: type[Model], changes: dict[str, Any], w
     assert words in str(error.value)
 
 
+def test_errors_show_the_beginning_of_long_values() -> None:
+    with pytest.raises(ConfigError) as error:
+        Gemma3.facts({**BASE, "text_config": BASE})
+    assert str(error.value).endswith("…; it must be absent in this family.")
+    assert len(str(error.value)) < 200
+
+
 def test_hook_registers_every_family() -> None:
     seen: dict[str, str] = {}
 

@@ -11,6 +11,9 @@ from dovetail.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+SHOWN = 80
+"""Characters of a value that an error shows."""
+
 
 class Fields:
     """A checkpoint's config.json.
@@ -87,7 +90,9 @@ class Fields:
 
     def bad(self, name: str, wanted: str) -> ConfigError:
         """The error for a value that cannot be honoured."""
-        return ConfigError(f"{name!r} in {self._where} is {self.raw(name)!r}; it must be {wanted}.")
+        value = repr(self.raw(name))
+        value = value if len(value) <= SHOWN else f"{value[:SHOWN]}…"
+        return ConfigError(f"{name!r} in {self._where} is {value}; it must be {wanted}.")
 
     def _is_null(self, name: str, default: float | None) -> bool:
         return self._config.get(name, default) is None
