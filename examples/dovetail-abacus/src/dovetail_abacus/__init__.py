@@ -1,0 +1,1 @@
+"""The abacus: a platform for Dovetail whose tensors live on a device of its own."""

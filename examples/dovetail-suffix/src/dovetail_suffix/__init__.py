@@ -1,0 +1,1 @@
+"""Speculation for Dovetail from a suffix automaton of each request."""
