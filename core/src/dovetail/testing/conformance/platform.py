@@ -226,12 +226,12 @@ class PlatformSuite(Suite):
         dtype = getattr(torch, self.manifest.dtypes[0])
         selection = selection_of(watched, self.manifest.name)
         config = self._config(checkpoint, dtype, next(self._backends(dtype)), selection)
-        generate(config, [[1] * length for length in (50, 9, 1, 30)], max_tokens=6)
+        generate(config, [[1] * length for length in (50, 9, 1, 30, 20, 40, 3)], max_tokens=6)
         buckets = watched.seen_buckets
         self.equal({bucket for bucket in buckets if buckets.count(bucket) > 1}, set(), "buckets compiled twice")
         policy = self.make().shape_policy(config.max_num_batched_tokens, config.max_num_seqs)
         if policy.static:
-            self.equal(sorted(buckets), sorted(policy.ladder()), "buckets compiled by warm-up and 4 requests")
+            self.equal(sorted(buckets), sorted(policy.ladder()), "buckets compiled by warm-up and 7 requests")
             varied = {tuple(bucket): shapes for bucket, shapes in watched.seen_shapes.items() if len(shapes) > 1}
             self.equal(varied, {}, "buckets whose steps differ in shape")
 

@@ -78,13 +78,15 @@ class Suite:
         """Run tests that take ``dtype`` once for each activation dtype that the manifest lists."""
         if "dtype" in metafunc.fixturenames:
             names = self.manifest.dtypes
-            metafunc.parametrize("dtype", [getattr(torch, name) for name in names], ids=names)
+            metafunc.parametrize("dtype", [getattr(torch, name, name) for name in names], ids=names)
 
     @pytest.fixture(autouse=True)
     def _gate(self, request: pytest.FixtureRequest) -> None:
         """Know the scenario, and skip what the subject does not claim to do."""
         scenario = Scenario.of(request.function)
         self.scenario_id = scenario.id
+        dtype = getattr(request.node, "callspec", None) and request.node.callspec.params.get("dtype")
+        self.check(not isinstance(dtype, str), f"the manifest's dtype {dtype!r} is none of torch's.")
         for capability in scenario.needs:
             self.require(capability)
 
