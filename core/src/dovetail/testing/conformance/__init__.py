@@ -18,6 +18,7 @@ from dovetail.testing.conformance.model import ModelSuite
 from dovetail.testing.conformance.ops import OpsSuite
 from dovetail.testing.conformance.platform import PlatformSuite
 from dovetail.testing.conformance.quant import QuantSuite
+from dovetail.testing.conformance.specdec import SpecDecoderSuite
 from dovetail.testing.conformance.subject import Subject, Tested, registered, unregistered
 from dovetail.testing.conformance.suite import Scenario, Suite, needs, scenarios
 
@@ -30,6 +31,7 @@ __all__ = [
     "PlatformSuite",
     "QuantSuite",
     "Scenario",
+    "SpecDecoderSuite",
     "Subject",
     "Suite",
     "Tested",

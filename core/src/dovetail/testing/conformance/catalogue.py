@@ -8,6 +8,7 @@ from dovetail.testing.conformance.model import ModelSuite
 from dovetail.testing.conformance.ops import OpsSuite
 from dovetail.testing.conformance.platform import PlatformSuite
 from dovetail.testing.conformance.quant import QuantSuite
+from dovetail.testing.conformance.specdec import SpecDecoderSuite
 from dovetail.testing.conformance.suite import Suite
 
 SUITES: dict[str, tuple[type[Suite], ...]] = {
@@ -15,6 +16,7 @@ SUITES: dict[str, tuple[type[Suite], ...]] = {
     "attention": (AttentionSuite,),
     "models": (ModelSuite,),
     "quant": (QuantSuite,),
+    "spec_decoders": (SpecDecoderSuite,),
 }
 """By field of :class:`~dovetail.plugins.registry.Registries`."""
 
