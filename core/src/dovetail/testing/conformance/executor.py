@@ -152,7 +152,7 @@ class ExecutorSuite(Suite):
             with self.loaded(tmp_path) as (writer, _):
                 writer.enter(0, _prompt(9))
                 self.equal(writer.finish(count=3)[0], self.expected(_prompt(9), 3), "tokens after a prompt of 9")
-                executor = writer._executor
+                executor = writer.executor
             executor.close()
 
     @needs("checkpoint")
@@ -324,7 +324,7 @@ class ExecutorSuite(Suite):
     def test_logit_rules(self, tmp_path: Path) -> None:
         """executor.15: logit_bias, allowed_token_ids and penalties are honoured per request."""
         rules: list[dict[str, Any]] = [
-            {"logit_bias": {3: 60.0, 4: 59.0}, "frequency_penalty": 0.4},
+            {"logit_bias": {3: 60.0, 4: 60.0, 5: 60.0}, "frequency_penalty": 2.0},
             {"allowed_token_ids": (5, 6, 7, 90)},
             {"presence_penalty": 1.5, "repetition_penalty": 1.8},
             {},
@@ -339,14 +339,16 @@ class ExecutorSuite(Suite):
 
     def test_min_tokens(self, tmp_path: Path) -> None:
         """executor.16: end-of-sequence and stop tokens are masked until min_tokens exist, and no longer."""
-        plain = self.expected(_prompt(10), 6)
-        params = SamplingParams(temperature=0.0, max_tokens=None, min_tokens=3, stop_token_ids=(plain[1],))
-        with self.loaded(tmp_path) as (writer, _):
-            writer.enter(0, _prompt(10), params, eos_token_ids=(plain[0],))
-            output = writer.finish(count=6)[0]
-            self.check(not set(plain[:2]) & set(output[:3]), f"stop tokens {plain[:2]} among the first 3: {output}")
-            expected = self.expected(_prompt(10), 6, params, eos_token_ids=(plain[0],))
-            self._same(output, expected, f"min_tokens 3 with stop tokens {plain[:2]}")
+        plain = self.expected(_prompt(10), 10)
+        late = next(token for token in plain[3:] if token not in plain[:3])
+        for stops in (plain[:2], [late, late]):
+            params = SamplingParams(temperature=0.0, max_tokens=None, min_tokens=3, stop_token_ids=(stops[1],))
+            with self.loaded(tmp_path) as (writer, _):
+                writer.enter(0, _prompt(10), params, eos_token_ids=(stops[0],))
+                output = writer.finish(count=10)[0]
+            self.check(not set(stops) & set(output[:3]), f"stop tokens {stops} among the first 3: {output}")
+            expected = self.expected(_prompt(10), 10, params, eos_token_ids=(stops[0],))
+            self._same(output, expected, f"min_tokens 3 with stop tokens {stops}")
 
     @needs("logprobs")
     def test_logprobs(self, tmp_path: Path) -> None:

@@ -58,11 +58,12 @@ class PlanWriter:
 
     Attributes:
         rows: the requests, by slot.
+        executor: that runs the plans.
     """
 
     def __init__(self, executor: Executor, info: ExecutorInfo) -> None:
         self.rows: dict[int, Written] = {}
-        self._executor = executor
+        self.executor = executor
         self._info = info
         self._step = 0
         self._freed: list[int] = []
@@ -138,7 +139,7 @@ class PlanWriter:
         """
         plan = self._plan(counts, drafts or {})
         before = msgspec.msgpack.encode(plan)
-        result = self._executor.run(plan)
+        result = self.executor.run(plan)
         if msgspec.msgpack.encode(plan) != before:
             raise ResultError("the executor changed its plan; plans are immutable.")
         check_result(plan, result)
