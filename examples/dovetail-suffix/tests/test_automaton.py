@@ -23,13 +23,14 @@ def test_it_finds_what_brute_force_finds():
             automaton.append(tokens[-1])
             length, ends = longest_repeated_suffix(tokens)
             drafts = automaton.continuation(1, 5)
+            assert drafts == automaton.continuation(1, 5)
             assert drafts in [tokens[end : end + 5] for end in ends] if ends else drafts == []
             assert automaton.continuation(length + 1, 5) == []
 
 
-def test_it_prefers_the_latest_occurrence_it_has_used():
+def test_it_continues_as_the_latest_occurrence_did():
     automaton = SuffixAutomaton()
     for token in (1, 2, 3, 1, 2, 4, 1, 2):
         automaton.append(token)
-        drafts = automaton.continuation(2, 1)
-    assert drafts == [4]
+    assert automaton.continuation(2, 1) == [4]
+    assert automaton.continuation(3, 1) == []

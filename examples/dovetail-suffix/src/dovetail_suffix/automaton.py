@@ -19,6 +19,7 @@ class SuffixAutomaton:
         self._length = [0]
         self._end = [0]
         self._last = ROOT
+        self._repeated = (0, 0)
 
     def append(self, token: int) -> None:
         """Extend the sequence by one token; constant time on average."""
@@ -30,6 +31,9 @@ class SuffixAutomaton:
             state = self._link[state]
         self._link[new] = ROOT if state < 0 else self._suffix(state, token)
         self._last = new
+        match = self._link[new]
+        self._repeated = (self._length[match], self._end[match])
+        self._end[match] = len(self.tokens)  # the next time, continue as the latest occurrence did
 
     def _suffix(self, state: int, token: int) -> int:
         """The state of exactly one token more than ``state``, split off a longer one if need be."""
@@ -55,11 +59,7 @@ class SuffixAutomaton:
         """What followed the longest suffix that occurred before, at most ``limit`` tokens.
 
         Args:
-            min_match: shortest suffix that counts.
+            min_match: shortest suffix that counts, at least 1.
         """
-        match = self._link[self._last]
-        if match <= ROOT or self._length[match] < min_match:
-            return []
-        start = self._end[match]
-        self._end[match] = len(self.tokens)  # the next time, continue as the latest occurrence did
-        return self.tokens[start : start + limit]
+        length, end = self._repeated
+        return self.tokens[end : end + limit] if length >= min_match else []
