@@ -41,6 +41,7 @@ def loaded_after(statement):
         ["chat", "--help"],
         ["bench", "--help"],
         ["bench", "serve", "--help"],
+        ["doctor", "--help"],
     ],
 )
 def test_help_imports_nothing_heavy(arguments):

@@ -31,6 +31,7 @@ COMMANDS = {
     "generate": [*RUN, "prompts", "file", "n", *SAMPLING, "as_json"],
     "plugins": ["as_json"],
     "explain": [*RUN, "as_json"],
+    "doctor": ["config", *ENGINE, *SERVER, "as_json"],
     "bench throughput": [*RUN, "num_prompts", *WORKLOAD, "as_json"],
     "bench latency": [*RUN, "runs", *WORKLOAD, "as_json"],
     "bench serve": [*names("url api_key model num_prompts concurrency request_rate seed"), *WORKLOAD, "as_json"],

@@ -67,6 +67,19 @@ def locate(model: str, revision: str | None = None) -> Path:
     return locate(str(_download(model, revision, _WANTED)))
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether it looks like a model of the hub."""
+    return _HUB_ID.fullmatch(model) is not None
+
+
+def in_cache(model: str, revision: str | None = None) -> Path | None:
+    """The local folder of a hub model that was downloaded before; None if it was not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(model, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def locate_tokenizer(tokenizer: str) -> Path:
     """The local folder of a tokenizer that is not beside its model; weights are not downloaded.
 

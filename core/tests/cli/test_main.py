@@ -46,7 +46,7 @@ def test_every_command_says_what_it_does_like_the_list_does():
 def test_help_lists_every_command(capsys):
     assert cli_main.run(["--help"]) == 0
     shown = capsys.readouterr().out
-    for name in ("serve", "chat", "generate", "bench", "plugins", "explain"):
+    for name in ("serve", "chat", "generate", "bench", "plugins", "explain", "doctor"):
         assert f"\n  {name} " in shown
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
     ),
     "plugins": ("dovetail.cli.plugins:plugins", "List installed plugins and what they provide."),
     "explain": ("dovetail.cli.explain:explain", "Show what would run a model, and why."),
+    "doctor": ("dovetail.cli.doctor.command:doctor", "Check whether this machine can serve, and say what to do."),
     "conformance": (
         "dovetail.cli.conformance:conformance",
         "Run the conformance suites of everything that an installed plugin registers.",

@@ -17,7 +17,7 @@ import zmq
 import zmq.asyncio
 
 from dovetail.contracts.executor import Progress
-from dovetail.engine import process
+from dovetail.engine import process, socket_folder
 from dovetail.engine.process import (
     Abort,
     Add,
@@ -104,10 +104,7 @@ class EngineClient:
         Raises:
             ConfigError: the folder for temporary files has too long a path for sockets.
         """
-        root = Path(tempfile.gettempdir())
-        if len(bytes(root / "dovetail-12345678" / "commands")) > zmq.IPC_PATH_MAX_LEN:
-            raise ConfigError(f"The path {root} is too long for the engine's sockets; set TMPDIR to a shorter one.")
-        self._folder = Path(tempfile.mkdtemp(prefix="dovetail-"))
+        self._folder = Path(tempfile.mkdtemp(prefix=socket_folder.PREFIX, dir=socket_folder.root()))
         context = zmq.Context()
         self._context = context
         self._commands = context.socket(zmq.PUSH)

@@ -78,6 +78,11 @@ class Tokenizer:
         return size
 
     @property
+    def can_chat(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self._templates)
+
+    @property
     def bos_token_id(self) -> int | None:
         """The beginning-of-sequence token, if there is one."""
         return self._id_of("bos_token")

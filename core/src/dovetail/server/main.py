@@ -21,11 +21,11 @@ from dovetail.engine.client import LOCAL, EngineClient
 from dovetail.engine.generation_config import recommended_params
 from dovetail.engine.startup_progress import StartupProgress
 from dovetail.engine.tokenizer import Tokenizer
-from dovetail.errors import ConfigError
 from dovetail.options import EngineOptions, ServerOptions, asked
 from dovetail.plugins.host import PluginHost
 from dovetail.server.app import create_app
 from dovetail.server.console import print_configuration
+from dovetail.server.listener import listen
 from dovetail.server.metrics import Metrics
 from dovetail.server.service import Phase, ServedModel, Service
 
@@ -58,27 +58,6 @@ def run(engine_options: EngineOptions, server_options: ServerOptions, *, engine_
     listener = listen(server_options.host, server_options.port)
     with listener:
         return asyncio.run(Server(engine_options, server_options, listener, engine_factory).run())
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. It is taken before anything is loaded, so that a clash shows at once.
-
-    Raises:
-        ConfigError: the address cannot be had.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another --host or --port."
-        ) from error
-    return listener
 
 
 async def in_thread(work: Callable[[], T]) -> T:

@@ -1,0 +1,79 @@
+"""Whether the options can be honoured here: by the resolver, in memory, and at the port."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from dovetail.cli.doctor.finding import Finding, ok, problem, warning, with_torch
+from dovetail.cli.doctor.subject import Subject
+from dovetail.errors import ConfigError
+
+GIB = 1 << 30
+ANSWER_SECONDS = 0.5
+
+
+@with_torch
+def options(subject: Subject) -> Iterator[Finding]:
+    """What the resolver says."""
+    explanation = subject.explanation
+    if explanation is None:
+        return
+    from dovetail import resolver
+
+    level = problem if explanation.config is None else warning
+    for count, reason in enumerate(explanation.reasons, start=1):
+        yield level(reason, resolver.suggestion(explanation) if count == len(explanation.reasons) else "")
+    config = explanation.config
+    if config is not None:
+        parts = ", ".join(
+            f"{part.part} {part.chosen.name}" for part in explanation.parts if part.chosen is not None
+        )
+        yield ok(f"{parts}; {config.dtype}, {config.max_model_len} tokens per request")
+
+
+@with_torch
+def memory(subject: Subject) -> Iterator[Finding]:
+    """Room for the weights and the KV cache of one request, by estimate."""
+    explanation = subject.explanation
+    if explanation is None or explanation.config is None or subject.folder is None:
+        return
+    from dovetail.runner.estimate import needed
+
+    need = needed(explanation.config, subject.folder)
+    text = (
+        f"about {need.weights / GIB:.2f} GiB of weights and {need.one_request / GIB:.2f} GiB of KV cache for one "
+        f"request of {explanation.config.max_model_len} tokens; {need.available / GIB:.2f} GiB are available"
+    )
+    if need.weights + need.one_request <= need.available:
+        yield ok(text)
+    else:
+        yield problem(text, "Lower --max-model-len, quantize the weights (--quantization), or free memory.")
+
+
+def port(subject: Subject) -> Iterator[Finding]:
+    """Whether the server could listen, and who does if not."""
+    from dovetail.server.listener import listen
+
+    host, number = subject.server.host, subject.server.port
+    try:
+        listen(host, number).close()
+    except ConfigError as error:
+        yield problem(f"{error} {_who(host, number)}", "Or stop what listens there.")
+    else:
+        yield ok(f"{host}:{number} is free")
+
+
+def _who(host: str, port: int) -> str:
+    """Who answers there, in words."""
+    address = f"[{host}]" if ":" in host else host
+    try:
+        with urlopen(f"http://{address}:{port}/version", timeout=ANSWER_SECONDS) as answer:  # an http address
+            version = json.loads(answer.read(1 << 16))["version"]
+    except (URLError, OSError):
+        return "Nobody answers there over HTTP."
+    except (ValueError, KeyError, TypeError):
+        return "Something else than a Dovetail server answers there."
+    return f"A Dovetail server {version} answers there."
