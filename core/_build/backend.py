@@ -39,7 +39,7 @@ FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-mat
 X86_VARIANTS = {
     "x86_64_v3": ("x86-64-v3", ()),
     "x86_64_v4": ("x86-64-v4", ()),
-    "x86_64_v4_bf16": ("x86-64-v4", ("-mavx512bf16",)),
+    "x86_64_v4_bf16": ("x86-64-v4", ("-mavx512bf16", "-mavx512vnni")),
 }
 
 

@@ -70,7 +70,7 @@ def test_a_cpu_without_the_needed_instructions_is_refused(described: Path) -> No
         ("avx2 fma bmi2 f16c", ["x86_64_v3"], False),
         ("avx2 fma bmi2 f16c avx512f avx512bw avx512vl avx512dq avx512cd", ["x86_64_v4", "x86_64_v3"], False),
         (
-            "avx2 fma bmi2 f16c avx512f avx512bw avx512vl avx512dq avx512cd avx512_bf16",
+            "avx2 fma bmi2 f16c avx512f avx512bw avx512vl avx512dq avx512cd avx512_bf16 avx512_vnni",
             ["x86_64_v4_bf16", "x86_64_v4", "x86_64_v3"],
             True,
         ),

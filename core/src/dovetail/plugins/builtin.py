@@ -5,6 +5,14 @@ from __future__ import annotations
 from dovetail.hookspecs import Register, hookimpl
 from dovetail.plugins.manifest import AttentionManifest, PlatformManifest, QuantManifest
 
+OPS = frozenset(
+    {"rms_norm", "add_rms_norm", "rotary", "silu_and_mul", "linear_pack", "linear", "embedding", "sample"}
+    | {"gelu_tanh_and_mul", "experts_pack", "moe_experts"}
+    | {"quantize_rows", "weight_only_pack", "weight_only_mm", "scaled_mm_pack", "scaled_mm"}
+    | {"block_scaled_pack", "block_scaled_mm"}
+)
+"""Operations that the reference platform overrides."""
+
 
 @hookimpl
 def dovetail_register_platforms(register: Register[PlatformManifest]) -> None:
@@ -16,10 +24,7 @@ def dovetail_register_platforms(register: Register[PlatformManifest]) -> None:
             device_type="cpu",
             dtypes=("bfloat16", "float32"),
             attention=("cpu", "blocked", "reference"),
-            ops=frozenset(
-                {"rms_norm", "add_rms_norm", "rotary", "silu_and_mul", "linear_pack", "linear", "embedding", "sample"}
-                | {"gelu_tanh_and_mul", "experts_pack", "moe_experts"}
-            ),
+            ops=OPS,
         ),
         "dovetail.platforms.cpu.platform:CpuPlatform",
     )

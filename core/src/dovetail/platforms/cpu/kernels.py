@@ -35,6 +35,21 @@ PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         None,
         (c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long),
     ),
+    "dovetail_linear8": (
+        None,
+        (
+            *(c_int, c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+            *(c_long, c_long, c_long, c_long),
+        ),
+    ),
+    "dovetail_linear_int8": (
+        None,
+        (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long),
+    ),
+    "dovetail_quantize": (
+        None,
+        (c_int, c_int, c_void_p, c_long, c_void_p, c_void_p, c_long, c_long, c_long),
+    ),
     "dovetail_experts": (None, (c_int, *(c_void_p,) * 10, *(c_long,) * 5)),
     "dovetail_gather": (c_int, (c_int, c_void_p, c_long, c_void_p, c_void_p, c_long, c_long)),
     "dovetail_argmax": (None, (c_int, c_void_p, c_long, c_void_p, c_long, c_long)),

@@ -12,7 +12,7 @@ CGROUP = Path("/sys/fs/cgroup")
 TOPOLOGY = Path("/sys/devices/system/cpu")
 
 ISA_NEEDS = {
-    "x86_64_v4_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_bf16"},
+    "x86_64_v4_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_bf16", "avx512_vnni"},
     "x86_64_v4": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"},
     "x86_64_v3": {"avx2", "fma", "bmi2", "f16c"},
 }

@@ -18,6 +18,7 @@ from dovetail.ops.sampling import SamplingTensors
 from dovetail.platforms.cpu.expert_ops import ExpertOps
 from dovetail.platforms.cpu.kernels import Kernels
 from dovetail.platforms.cpu.pages import Arena, Scratch
+from dovetail.platforms.cpu.quantized_ops import QuantizedOps
 
 NATIVE_DTYPES = (torch.bfloat16, torch.float32)
 SCRATCH = Scratch()
@@ -62,6 +63,7 @@ class CpuOps:
         self._gather = library.dovetail_gather
         self._argmax = library.dovetail_argmax
         self._arena = Arena()
+        self._quantized = QuantizedOps(kernels)
         self._experts = ExpertOps(kernels)
 
     def table(self) -> Mapping[str, Callable[..., Any]]:
@@ -76,6 +78,7 @@ class CpuOps:
             "linear": self.linear,
             "embedding": self.embedding,
             "sample": self.sample,
+            **self._quantized.table(),
             **self._experts.table(),
         }
 
