@@ -78,8 +78,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "num_experts_per_tok": 3, "num_experts": 7}),
     "qwen3-moe-normalised": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True, "head_dim": 12, "attention_bias": True}),
-    "qwen3-moe-sparse-step": ("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2, "tie_word_embeddings": True}),
-    "qwen3-moe-dense-layers": ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0, 2], **SLIDING}),
+    "qwen3-moe-sparse-step": ("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2, "num_hidden_layers": 4}),
+    "qwen3-moe-dense-layers": ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0], **SLIDING}),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
     "mixtral-sliding": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 1, "sliding_window": 5}),
     "mixtral-all-experts": (
