@@ -1,14 +1,17 @@
 """What a plugin module may cost: heavy libraries, slowness, hanging, and what is measured of it."""
 
+import contextlib
 import subprocess
 import sys
 import textwrap
+from importlib import import_module
 
 import pytest
 
+from dovetail.errors import PluginLoadError
 from dovetail.plugins import light_import
 from dovetail.plugins.host import PluginHost
-from dovetail.plugins.light_import import HEAVY, light_imports
+from dovetail.plugins.light_import import HEAVY, HeavyImports, light_imports
 from dovetail.testing.fake_plugins import install
 
 HOOK = """
@@ -60,6 +63,13 @@ def test_heavy_library_is_refused_before_it_costs_anything(site, source):
 
 def test_heavy_library_that_is_loaded_already_is_fine(site):
     assert status_in_fresh_process(site, "import numpy", before="import numpy").startswith("loaded True")
+
+
+def test_a_refusal_that_was_swallowed_is_repeated():
+    swallowed = contextlib.suppress(PluginLoadError)
+    with pytest.raises(PluginLoadError, match="imports tensorflow"), light_imports(), swallowed:
+        import_module("tensorflow")  # not installed, so never loaded already
+    assert not any(isinstance(finder, HeavyImports) for finder in sys.meta_path)
 
 
 def test_other_threads_may_import_meanwhile():

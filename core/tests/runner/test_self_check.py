@@ -162,6 +162,13 @@ def test_lying_backend_is_refused(lie):
     assert message.endswith("Choose another --attention, and report this to the authors of dist-abacus.")
 
 
+@pytest.mark.parametrize("lie", ["no window", "no soft cap", "forgetful", "not causal"])
+def test_lies_show_in_narrow_dtypes_too(lie):
+    backend, spec, _ = LIES[lie]
+    with pytest.raises(PluginLoadError, match="is off by"):
+        check(backend, spec, dtype="bfloat16", kv_dtype="bfloat16")
+
+
 def test_caches_that_show_no_tensors_are_not_measured():
     class Sealed:
         def __init__(self, tensors):
