@@ -18,6 +18,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where a test runs this file
 
+import conformance
 import lifecycle
 import support
 
@@ -54,6 +55,7 @@ def pages() -> dict[str, str]:
         "options.md": options(),
         "environment.md": environment(),
         "ops.md": ops(),
+        "conformance.md": conformance.page(NOTICE, table, plain),
         "support.md": support.page(NOTICE, table),
     }
 
@@ -181,8 +183,8 @@ def options() -> str:
     parts = [
         NOTICE,
         "# Options\n",
-        "Options of the engine are taken by `serve`, `generate`, `explain`, `bench throughput`, `bench latency` and "
-        "`bench startup`, and as keyword arguments by `LLM`. A YAML file takes the same names: "
+        "Options of the engine are taken by `serve`, `generate`, `explain`, `doctor`, `bench throughput`, `bench "
+        "latency` and `bench startup`, and as keyword arguments by `LLM`. A YAML file takes the same names: "
         "`dovetail serve --config FILE.yaml`, with one `option: value` per line; dashes and underscores are the same. "
         "The command line comes before the file, and the file before the defaults. An unknown key is an error.\n",
         "## Engine\n",
@@ -197,10 +199,11 @@ def options() -> str:
     for name, command in commands():
         takes_engine = any(parameter.name == "block_size" for parameter in command.params)
         own = [p for p in command.params if not (takes_engine and p.name in shared - {"log_level"})]
-        if name == "serve":
+        takes_server = any(parameter.name == "max_waiting" for parameter in command.params)
+        if takes_server:
             own = [p for p in own if p.name not in shared]
         summary = plain((command.help or "").split("\n\n")[0])
-        also = " Takes the engine's and the server's options, and:" if name == "serve" else (
+        also = " Takes the engine's and the server's options, and:" if takes_server else (
             " Takes the engine's options, and:" if takes_engine else ""
         )  # fmt: skip
         parts += [f"### dovetail {name}\n", f"{summary}{also}\n", command_table(own)]

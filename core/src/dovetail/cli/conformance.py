@@ -51,7 +51,7 @@ def conformance(plugin: str, kinds: tuple[str, ...], names: tuple[str, ...], for
         click.echo(text)
     else:
         output.write_text(text + "\n", encoding="utf-8")
-        click.echo(f"{_verdict(report)} Report: {output}", err=True)
+        click.echo(f"{report.verdict} Report: {output}", err=True)
     return 0 if report.conforms else 1
 
 
@@ -76,10 +76,6 @@ def _rendered(report: Report, form: str, width: int | None) -> str:
     return _text(report, width)
 
 
-def _verdict(report: Report) -> str:
-    return f"Plugin {report.plugin!r} {'conforms' if report.conforms else 'does not conform'}."
-
-
 def _text(report: Report, width: int | None) -> str:
     """A table per registered thing, failures below it, and the verdict at the end."""
     from rich.console import Console
@@ -92,7 +88,7 @@ def _text(report: Report, width: int | None) -> str:
         for part in report.parts:
             _print_part(console, part)
         style = "bold green" if report.conforms else "bold red"
-        console.print(Text(f"\n{_verdict(report)} {report.seconds:.1f} s", style=style))
+        console.print(Text(f"\n{report.verdict} {report.seconds:.1f} s", style=style))
     return captured.get().rstrip()
 
 

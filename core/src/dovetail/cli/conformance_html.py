@@ -23,8 +23,7 @@ pre { white-space: pre-wrap; background: #f6f6f6; padding: .6rem; font-size: 13p
 
 def page(report: Report) -> str:
     """The whole page."""
-    verdict = "conforms" if report.conforms else "does not conform"
-    title = f"Plugin {report.plugin!r} {verdict}"
+    title = report.verdict.rstrip(".")
     facts = f"{report.distribution} {report.version}, suites of dovetail-core {report.core}, {report.seconds:.1f} s"
     return "\n".join(
         [

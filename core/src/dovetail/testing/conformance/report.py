@@ -92,6 +92,15 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     parts: tuple[Part, ...]
 
+    @property
+    def verdict(self) -> str:
+        """In one sentence."""
+        if self.conforms:
+            return f"Plugin {self.plugin!r} conforms."
+        if any(part.count("failed") for part in self.parts):
+            return f"Plugin {self.plugin!r} does not conform."
+        return f"Plugin {self.plugin!r} could not be tested in full."
+
 
 def by_scenario(results: Iterable[Result]) -> tuple[ScenarioResult, ...]:
     """Sum up the tests of each scenario, in the order of their first tests."""
