@@ -1,6 +1,12 @@
-"""Our own attention backends, in the public form."""
+"""Our own attention backends, in the public form, and the parts of them that a CPU or a context seldom uses."""
 
-from dovetail.testing.conformance import AttentionSuite, registered
+from dataclasses import replace
+from typing import Any
+
+from dovetail.platforms.cpu import kernels
+from dovetail.platforms.cpu.attention import CpuAttention
+from dovetail.platforms.cpu.blocked_attention import BlockedAttention
+from dovetail.testing.conformance import AttentionSuite, registered, unregistered
 
 
 class TestCpu(AttentionSuite):
@@ -13,3 +19,32 @@ class TestBlocked(AttentionSuite):
 
 class TestReference(AttentionSuite):
     subject = registered("reference")
+
+
+class SmallSpans(BlockedAttention):
+    """Takes several turns even for short contexts."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._span_pages = 2
+
+
+class TestBlockedInSmallSpans(AttentionSuite):
+    manifest_of_blocked = registered("blocked").find("attention").manifest
+    subject = unregistered(SmallSpans, replace(manifest_of_blocked, dtypes=("float32",)))
+
+
+def cpu_on(isa: str) -> type[CpuAttention]:
+    """The native backend with the kernels of another instruction set than this machine's best."""
+
+    class OnIsa(CpuAttention):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            self._attend = kernels.load_isa(isa).library.dovetail_attention
+
+    return OnIsa
+
+
+for _isa in kernels.built_isas()[1:]:
+    _subject = unregistered(cpu_on(_isa), registered("cpu").find("attention").manifest)
+    globals()[f"TestCpuOn_{_isa}"] = type(f"TestCpuOn_{_isa}", (AttentionSuite,), {"subject": _subject})

@@ -20,7 +20,7 @@ MANIFEST = AttentionManifest(
     summary="For tests.",
     device_types=("cpu",),
     dtypes=("float32",),
-    kv_dtypes=("auto", "bfloat16"),
+    kv_dtypes=("auto", "bfloat16", "float16"),
     block_sizes=(8, 16, 32),
     sliding_window=True,
     soft_cap=True,
@@ -66,7 +66,11 @@ class Loops(AttentionBackend):
         return self.finish(out, metadata).flatten(1)
 
     def store(self, cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        cache[0, slots], cache[1, slots] = k.to(cache.dtype), v.to(cache.dtype)
+        cache[0, slots], cache[1, slots] = self.stored(k), self.stored(v)
+
+    def stored(self, x: Tensor) -> Tensor:
+        most = min(torch.finfo(self.kv_dtype).max, torch.finfo(x.dtype).max)
+        return x.clamp(-most, most).to(self.kv_dtype)
 
     def request(self, q: Tensor, cache: Tensor, metadata: Tables, r: int, spec: AttentionSpec) -> Tensor:
         length = metadata.lengths[r]
@@ -344,6 +348,11 @@ class IgnoresTheDtypeOfTheCache(Loops):
         super().__init__(**{**arguments, "kv_dtype": arguments["dtype"]})
 
 
+class OverflowsInTheCache(Loops):
+    def stored(self, x: Tensor) -> Tensor:
+        return x.to(self.kv_dtype)
+
+
 class RefusesInItsOwnWay(Loops):
     def __init__(self, **arguments: Any) -> None:
         if arguments["block_size"] % 8:
@@ -398,6 +407,7 @@ MUTANTS = {
     IgnoresTheDtypeOfTheCache: "attention.30",
     RefusesInItsOwnWay: "attention.31",
     RefusesWithoutAWord: "attention.31",
+    OverflowsInTheCache: "attention.32",
 }
 
 

@@ -1,6 +1,9 @@
 """The operations of our own platforms, in the public form, and that the suite leaves none out."""
 
 from dovetail.contracts.ops import OpTable
+from dovetail.contracts.platform import PlatformConfig
+from dovetail.platforms.cpu import kernels
+from dovetail.platforms.cpu.platform import CpuPlatform
 from dovetail.plugins.manifest import PlatformManifest
 from dovetail.testing.conformance import OpsSuite, registered, unregistered
 from dovetail.testing.conformance.ops import covered
@@ -21,6 +24,23 @@ class TestCpu(OpsSuite):
 
 class TestReference(OpsSuite):
     subject = unregistered(ReferencePlatform, REFERENCE)
+
+
+def cpu_on(isa: str) -> type[CpuPlatform]:
+    """The native operations of another instruction set than this machine's best."""
+
+    class OnIsa(CpuPlatform):
+        def __init__(self, config: PlatformConfig) -> None:
+            super().__init__(config)
+            self._kernels = kernels.load_isa(isa)
+            self._kernels.set_threads(2)
+
+    return OnIsa
+
+
+for _isa in kernels.built_isas()[1:]:
+    _subject = unregistered(cpu_on(_isa), registered("cpu").find("platforms").manifest)
+    globals()[f"TestCpuOn_{_isa}"] = type(f"TestCpuOn_{_isa}", (OpsSuite,), {"subject": _subject})
 
 
 def test_every_operation_has_a_scenario():

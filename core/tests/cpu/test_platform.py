@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Bucket, PlatformConfig
 from dovetail.errors import ConfigError
 from dovetail.platforms.cpu import kernels, machine
@@ -134,12 +133,9 @@ def test_threads_follow_the_option() -> None:
         CpuPlatform(PlatformConfig(num_threads=0))
 
 
-def test_the_platform_serves_the_contract() -> None:
+def test_steps_run_at_their_own_size_and_uncompiled() -> None:
     platform = CpuPlatform(PlatformConfig(num_threads=1))
-    assert platform.device == torch.device("cpu")
-    assert 0 < platform.memory().available <= platform.memory().total
     assert platform.ops(torch.float64) == {}
-    OpTable.resolve(platform.ops(torch.bfloat16), "cpu")
     policy = platform.shape_policy(64, 8)
     assert policy.fit(13, 5) == Bucket(13, 5)
     assert policy.ladder() == (Bucket(1, 1),)

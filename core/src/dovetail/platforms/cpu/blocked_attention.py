@@ -68,7 +68,7 @@ class BlockedAttention(AttentionBackend):
     ) -> None:
         self._device = device
         self._kv_dtype = kv_dtype
-        self._limit = min(torch.finfo(kv_dtype).max, torch.finfo(dtype).max)
+        self._limit = torch.finfo(kv_dtype).max
         self._block_size = block_size
         self._span_pages = max(1, SPAN // block_size)
 
@@ -140,7 +140,7 @@ class BlockedAttention(AttentionBackend):
         """In the cache's dtype; a value beyond its range becomes the largest one rather than infinite."""
         if x_TNK.dtype == self._kv_dtype:
             return x_TNK
-        return x_TNK.clamp(-self._limit, self._limit).to(self._kv_dtype)
+        return x_TNK.float().clamp(-self._limit, self._limit).to(self._kv_dtype)
 
     def _attend(self, q_THK: Tensor, cache: BlockedCache, tiles: Tiles, spec: AttentionSpec) -> Tensor:
         """``[W, Q, H, K]`` in float32."""

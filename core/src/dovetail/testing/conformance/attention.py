@@ -21,12 +21,14 @@ from dovetail.testing.conformance.paged_batch import PLAIN, Bench, Layout, Part,
 from dovetail.testing.conformance.subject import installed, registered
 from dovetail.testing.conformance.suite import TOLERANCE, Suite, needs
 
-HEADS = ((4, 4), (4, 2), (6, 2), (8, 1), (12, 4))
+HEADS = ((4, 4), (4, 2), (6, 2), (8, 1), (12, 4), (24, 1))
 SIZES = (8, 16, 21, 64, 80, 96, 128, 256)
 """Head sizes that are tried where the manifest allows any."""
 BLOCK_SIZES = (16, 1, 5, 64)
 LENGTHS = (1, 15, 16, 17, 50)
 WINDOWS = (1, 2, 16, 17, 30, 1000)
+FAR = 1e6
+"""Dtypes that reach further hold whatever a model computes."""
 NARROW = {torch.float8_e4m3fn: 0.1, torch.float8_e5m2: 0.2, torch.int8: 0.05}
 """Tolerance for a cache in a dtype so narrow that backends may scale what they store."""
 
@@ -431,6 +433,19 @@ class AttentionSuite(Suite):
         for size in (3, 24):
             if self.manifest.block_sizes and size not in self.manifest.block_sizes:
                 self._works_or_refuses(declared[0], declared[0], size, str(size))
+
+    def test_saturation(self, dtype: torch.dtype) -> None:
+        """attention.32: keys and values beyond the range of the cache's dtype become its largest, not infinity or NaN,
+        which would stay in the cache.
+        """
+        for name in self.manifest.kv_dtypes:
+            largest = torch.finfo(dtype if name == "auto" else getattr(torch, name)).max
+            if largest < min(FAR, torch.finfo(dtype).max):
+                bench, spec = self.bench(dtype, getattr(torch, name)), self.spec()
+                (request,), blocks = bench.requests(spec, (20,))
+                out = self.run_whole(bench, spec, with_values(request, 2 * largest), blocks)
+                expected = torch.full(out.shape, largest, dtype=torch.float64)
+                self.close(out, expected, f"values of {2 * largest:g} in a {name} cache", dtype=dtype)
 
     # ---- shared steps
 

@@ -132,7 +132,8 @@ class OpsSuite(Suite):
     def test_extreme_gates(self, dtype: torch.dtype, name: str) -> None:
         """ops.5: gates far from 0 saturate to 0 or to themselves, without overflow, and NaN stays NaN."""
         activation, oracle = getattr(self.table(dtype), name), getattr(reference, name)
-        gates = torch.tensor([-3e4, -200.0, -90.0, -20.0, 20.0, 90.0, 200.0, 3e4], dtype=dtype)
+        most = min(1e30, torch.finfo(dtype).max / 8)
+        gates = torch.tensor([-most, -200.0, -90.0, -20.0, 20.0, 90.0, 200.0, most], dtype=dtype)
         x = torch.stack([gates, torch.ones_like(gates)], dim=1)
         what = f"{name} of gates {gates.tolist()}"
         self._rows(activation(self.place(x)), oracle(x.double()), what, dtype, floor=1)
@@ -199,6 +200,9 @@ class OpsSuite(Suite):
             expected = x[rows, first : first + 64].double() @ weight.double()
             out = ops.linear(self.place(x)[rows, first : first + 64], packed)
             self.close(out, expected, f"x[{rows}, {first}:{first + 64}]", dtype=dtype, looser=ELEMENTWISE)
+        upright = randn(64, 20, dtype=dtype, seed=3)
+        out = ops.linear(self.place(upright).t(), packed)
+        self.close(out, upright.double().t() @ weight.double(), "a transposed x", dtype=dtype, looser=ELEMENTWISE)
 
     @covers("quantize_rows")
     @pytest.mark.parametrize("group", GROUPS, ids="group {}".format)
@@ -401,15 +405,16 @@ class OpsSuite(Suite):
     def test_greedy_sample_of_infinities(self, dtype: torch.dtype) -> None:
         """ops.20: greedy rows with masked tokens, infinities and NaN take the largest, and NaN counts as larger."""
         ops, inf = self.table(dtype), torch.inf
-        logits = torch.zeros(5, 3000, dtype=dtype)
+        logits = torch.zeros(6, 3000, dtype=dtype)
         logits[0] = -inf
         logits[0, 2500] = -5
         logits[1, 1500] = inf
         logits[2, 1500], logits[2, 2000] = inf, torch.nan
         logits[3, :2999] = -inf
         logits[4, 2990] = torch.nan
-        out = ops.sample(self.place(logits), self._parameters([0.0] * 5))
-        self.equal(out.tolist(), [2500, 1500, 2000, 2999, 2990], "greedy tokens of rows with infinities and NaN")
+        logits[5] = -inf
+        out = ops.sample(self.place(logits), self._parameters([0.0] * 6))
+        self.equal(out.tolist(), [2500, 1500, 2000, 2999, 2990, 0], "greedy tokens of rows with infinities and NaN")
 
     @covers("sample")
     @pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.1}], ids=str)
