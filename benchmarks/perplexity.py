@@ -42,9 +42,8 @@ def stories(llm: LLM, text: str, limit: int | None) -> list[list[int]]:
 
 def score(model: str, text: str, method: str, arguments: argparse.Namespace) -> tuple[float, int]:
     """Sum of the negative log-likelihoods in nats, and the number of scored tokens."""
-    options = {} if method == PLAIN else {"quantization": method}
-    size = arguments.window
-    with LLM(model, dtype=arguments.dtype, max_model_len=size + 1, max_num_seqs=4, **options) as llm:
+    quantization, size = None if method == PLAIN else method, arguments.window
+    with LLM(model, dtype=arguments.dtype, quantization=quantization, max_model_len=size + 1, max_num_seqs=4) as llm:
         parts = [part for story in stories(llm, text, arguments.tokens) for part in windows(story, size)]
         outputs = llm.generate([tokens for tokens, _ in parts], LAST)
     loss, count = 0.0, 0

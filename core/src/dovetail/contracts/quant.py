@@ -48,12 +48,17 @@ class QuantMethod(ABC):
     @classmethod
     @abstractmethod
     def recognises(cls, quantization_config: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint's ``quantization_config`` is of this format."""
+        """Whether a checkpoint's ``quantization_config`` is of this format.
+
+        Phase: resolve. Order: 1. Times: once, if the checkpoint is quantized. May raise: nothing.
+        """
         ...
 
     @abstractmethod
     def __init__(self, quantization_config: Mapping[str, Any] | None) -> None:
         """Prepare for a checkpoint's format, or for quantizing on load.
+
+        Phase: load. Order: 1. Times: once. May raise: ConfigError.
 
         Args:
             quantization_config: the checkpoint's section, or None to quantize an unquantized checkpoint on load.
@@ -65,20 +70,32 @@ class QuantMethod(ABC):
 
     @abstractmethod
     def applies_to(self, layer: str) -> bool:
-        """Whether the layer of this dotted name is quantized; the others keep plain weights."""
+        """Whether the layer of this dotted name is quantized; the others keep plain weights.
+
+        Phase: load. Order: 2. Times: per linear layer. May raise: ConfigError.
+        """
         ...
 
     @abstractmethod
     def tensors(self, in_features: int, out_features: int, dtype: torch.dtype) -> Mapping[str, TensorSpec]:
-        """What a layer expects from the checkpoint, by the suffix of the tensor's name (``weight``, ``scale``, …)."""
+        """What a layer expects from the checkpoint, by the suffix of the tensor's name (``weight``, ``scale``, …).
+
+        Phase: load. Order: 3. Times: per linear layer. May raise: ConfigError.
+        """
         ...
 
     @abstractmethod
     def prepare(self, tensors: Mapping[str, Tensor], ops: OpTable, dtype: torch.dtype) -> PackedLinear:
-        """Bring one layer's loaded tensors into final form; called once per layer, after which they are freed."""
+        """Bring one layer's loaded tensors into final form; called once per layer, after which they are freed.
+
+        Phase: load. Order: 4. Times: per linear layer, as soon as its tensors are there. May raise: ConfigError.
+        """
         ...
 
     @abstractmethod
     def apply(self, x_TI: Tensor, packed: PackedLinear, bias_O: Tensor | None, ops: OpTable) -> Tensor:
-        """``x @ weightᵀ + bias`` in the dtype of ``x``, shape ``[T, O]``; rows do not affect each other."""
+        """``x @ weightᵀ + bias`` in the dtype of ``x``, shape ``[T, O]``; rows do not affect each other.
+
+        Phase: step. Order: 1. Times: per linear layer. May raise: nothing.
+        """
         ...
