@@ -42,7 +42,13 @@ class Absent(ReferencePlatform):
     def probe(cls):
         return Probe(available=False, reason="no abacus on the bus; install its driver")
 """
-    + REGISTER.format(name="absent", target="fake_absent_dist_absent:Absent")
+    + REGISTER.format(name="absent", target="fake_absent_dist_absent:Absent").replace('("reference",)', '("beads",)')
+    + """
+@hookimpl
+def dovetail_register_attention_backends(register):
+    manifest = AttentionManifest(name="beads", summary="For tests.", device_types=("cpu",), dtypes=("float32",))
+    register(manifest, "dovetail.platforms.cpu.reference_attention:ReferenceAttention")
+"""
 )
 
 
@@ -126,6 +132,8 @@ def test_a_platform_that_is_not_here(plugin, capsys):
     assert run(["conformance", "absent"]) == 1
     shown = capsys.readouterr().out
     assert "not available here: no abacus on the bus; install its driver" in shown
+    assert "platform 'absent': 4 passed, 0 failed, 34 skipped" in shown, "what needs no device was tested"
+    assert "attention 'beads': 0 passed, 0 failed, 32 skipped" in shown
     assert "does not conform" not in shown
     assert "Plugin 'absent' could not be tested in full." in shown
 

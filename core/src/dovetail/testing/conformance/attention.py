@@ -37,8 +37,9 @@ class AttentionSuite(Suite):
     """What every attention backend does, on its own device.
 
     Attributes:
-        platform: name of the registered platform whose device and operations it gets; by default the first available
-            one whose manifest lists the backend, else the reference operations on the first of its device types.
+        platform: name of the registered platform whose device and operations it gets; by default the first whose
+            manifest lists the backend, else the reference operations on the first of its device types. Where that
+            platform is not available, everything is skipped with the reason of its probe.
     """
 
     contract = "attention"
@@ -79,6 +80,7 @@ class AttentionSuite(Suite):
         name = self.platform or _platform_of(self.manifest.name)
         if name is None:
             return torch.device(self.manifest.device_types[0]), OpTable()
+        self.need_device(registered(name).find("platforms").cls)
         chip = _platform(name)
         return chip.device, OpTable.resolve(chip.ops(dtype), name)
 
@@ -438,14 +440,17 @@ class AttentionSuite(Suite):
         """attention.32: keys and values beyond the range of the cache's dtype become its largest, not infinity or NaN,
         which would stay in the cache.
         """
-        for name in self.manifest.kv_dtypes:
-            largest = torch.finfo(dtype if name == "auto" else getattr(torch, name)).max
-            if largest < min(FAR, torch.finfo(dtype).max):
-                bench, spec = self.bench(dtype, getattr(torch, name)), self.spec()
-                (request,), blocks = bench.requests(spec, (20,))
-                out = self.run_whole(bench, spec, with_values(request, 2 * largest), blocks)
-                expected = torch.full(out.shape, largest, dtype=torch.float64)
-                self.close(out, expected, f"values of {2 * largest:g} in a {name} cache", dtype=dtype)
+        kv_dtypes = [getattr(torch, name) for name in self.manifest.kv_dtypes if name != "auto"]
+        largest = {kv_dtype: torch.finfo(kv_dtype).max for kv_dtype in kv_dtypes if kv_dtype.is_floating_point}
+        narrow = [kv_dtype for kv_dtype in largest if largest[kv_dtype] < min(FAR, torch.finfo(dtype).max)]
+        if not narrow:
+            self.lacks(f"kv_dtypes of a smaller range than {dtype}")
+        for kv_dtype in narrow:
+            bench, spec, beyond = self.bench(dtype, kv_dtype), self.spec(), 2 * largest[kv_dtype]
+            (request,), blocks = bench.requests(spec, (20,))
+            out = self.run_whole(bench, spec, with_values(request, beyond), blocks)
+            expected = torch.full(out.shape, largest[kv_dtype], dtype=torch.float64)
+            self.close(out, expected, f"values of {beyond:g} in a cache of {kv_dtype}", dtype=dtype)
 
     # ---- shared steps
 
@@ -563,8 +568,7 @@ def _platform(name: str) -> Platform:
 
 @cache
 def _platform_of(backend: str) -> str | None:
-    """The first available platform whose manifest lists the backend."""
-    for entry in installed().platforms.ranked():
-        if backend in entry.manifest.attention and entry.load().probe().available:
-            return entry.name
-    return None
+    """The first platform whose manifest lists the backend, preferably one that is available; None if none does."""
+    listing = [entry for entry in installed().platforms.ranked() if backend in entry.manifest.attention]
+    here = [entry for entry in listing if entry.load().probe().available]
+    return next((entry.name for entry in (*here, *listing)), None)

@@ -56,13 +56,16 @@ def quantized(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 class OpsSuite(Suite):
-    """Every operation of the op table, on the platform's device, for each of its activation dtypes."""
+    """Every operation of the op table, on the platform's device, for each of its activation dtypes. Where the platform
+    is not available, everything is skipped with the reason of its probe.
+    """
 
     contract = "ops"
     kind = "platforms"
 
     def table(self, dtype: torch.dtype) -> OpTable:
         """The operations of an engine on this platform."""
+        self.need_device(self.tested.cls)
         return OpTable.resolve(_platform(self.tested.cls).ops(dtype), self.manifest.name)
 
     def place(self, *tensors: Tensor) -> Any:
