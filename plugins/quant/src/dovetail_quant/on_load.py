@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dovetail.contracts.ops import OpTable
 from dovetail.contracts.quant import QuantMethod, TensorSpec
-from dovetail.ops import reference
 
 PLAIN_LAYERS = frozenset({"lm_head", "gate", "router"})
 """Last parts of the names of layers that stay plain.
@@ -44,10 +44,10 @@ class OnLoad(QuantMethod):
         """One plain ``weight`` ``[O, I]``."""
         return {"weight": TensorSpec(shape=(out_features, in_features), dtype=dtype)}
 
-    def quantize(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, weight_OI: Tensor, ops: OpTable) -> tuple[Tensor, Tensor]:
         """The weight in 8 bits, and the float32 scales ``[O, 1]`` by which to multiply it.
 
         The largest magnitude of each output's weights becomes the largest number of the format, exactly as activations
         are quantized per token.
         """
-        return reference.quantize_rows(weight_OI, self.dtype)
+        return ops.quantize_rows(weight_OI, self.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dovetail.hookspecs import Register, hookimpl
 from dovetail.plugins.manifest import QuantManifest
 
-WEIGHT_ONLY = frozenset({"weight_only_pack", "weight_only_mm"})
+WEIGHT_ONLY = frozenset({"quantize_rows", "weight_only_pack", "weight_only_mm"})
 SCALED = frozenset({"quantize_rows", "scaled_mm_pack", "scaled_mm"})
 BLOCK_SCALED = frozenset({"quantize_rows", "block_scaled_pack", "block_scaled_mm"})
 

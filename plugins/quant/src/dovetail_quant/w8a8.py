@@ -18,7 +18,7 @@ class W8A8(OnLoad):
 
     def prepare(self, tensors: Mapping[str, Tensor], ops: OpTable, dtype: torch.dtype) -> PackedLinear:
         """Quantize, then let the platform pack."""
-        weight_OI, scale_O1 = self.quantize(tensors["weight"])
+        weight_OI, scale_O1 = self.quantize(tensors["weight"], ops)
         return Scaled(ops.scaled_mm_pack(weight_OI), scale_O1)
 
     def apply(self, x_TI: Tensor, packed: PackedLinear, bias_O: Tensor | None, ops: OpTable) -> Tensor:

@@ -17,7 +17,7 @@ class WeightOnly(OnLoad):
 
     def prepare(self, tensors: Mapping[str, Tensor], ops: OpTable, dtype: torch.dtype) -> PackedLinear:
         """Quantize, then let the platform pack."""
-        return ops.weight_only_pack(*self.quantize(tensors["weight"]))
+        return ops.weight_only_pack(*self.quantize(tensors["weight"], ops))
 
     def apply(self, x_TI: Tensor, packed: PackedLinear, bias_O: Tensor | None, ops: OpTable) -> Tensor:
         """``x @ (weight × scale)ᵀ + bias``."""
