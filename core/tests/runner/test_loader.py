@@ -422,6 +422,36 @@ def test_a_number_format_leaves_layers_out() -> None:
     assert not Unquantized.recognises({"quant_method": "x"})
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("layers.7.a.w1.weight", ("layers.7.a.weight", "")),
+        ("x.experts.12.w1.weight", ("x.mlp.up.weight", "12.gate")),
+        ("x.experts.12.w1.weight.scale", ("x.mlp.up.weight.scale", "12.gate")),
+        ("x.experts.12.w10.weight", ("x.experts.12.w10.weight", "")),
+        ("x.experts.1.2.w1.weight", ("x.experts.1.2.w1.weight", "")),
+        ("x.my_experts.1.w1.weight", ("x.my_experts.1.w1.weight", "")),
+        ("experts.0.w2.weight", ("down.weight", "0")),
+        ("x.q.weight", ("x.qk.weight", "q")),
+        ("x.q.experts.0.w2", ("x.q.down", "0")),
+        ("old.gate.gate", ("new.gate.gate", "")),
+        ("old.gateway.weight", ("old.gateway.weight", "")),
+    ],
+)
+def test_renames_match_whole_parts_and_the_first_wins(name: str, expected: tuple[str, str]) -> None:
+    table = WeightTable(
+        renames=(
+            Rename("a.w1", "a"),
+            Rename("experts.*.w1", "mlp.up", "*.gate"),
+            Rename("experts.*.w2", "down", "*"),
+            Rename("q", "qk", "q"),
+            Rename("old.gate", "new.gate"),
+        )
+    )
+    target, shard = loader.map_name(name, table)
+    assert (".".join(target), shard) == expected
+
+
 def test_plain_parameters_are_refused(tmp_path: Path) -> None:
     save_file(tensors(), tmp_path / "model.safetensors")
     model = Tiny({}, context())
