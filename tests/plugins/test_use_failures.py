@@ -7,6 +7,7 @@ message names plugin, distribution, version, cause and remedy.
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import httpx
 import pytest
@@ -267,6 +268,18 @@ def test_failure_names_its_owner_the_cause_and_the_remedy(ran, name):
         assert part in message
     assert "Traceback" not in message
     assert done.out.strip() == "" or name in RUNNING
+
+
+def test_merely_discovered_and_broken_it_is_passed_over(install, package):
+    """A platform that would come first, if it could be imported."""
+    mode = dataclasses.replace(LOADING["no-such-class"], claims={"priority": 50})
+    ran = install(list(packages(package, {"bright": mode}))).dovetail("explain", "--json")
+    assert ran.code == 0, ran.err
+    (platform,) = [part for part in json.loads(ran.out)["parts"] if part["part"] == "platform"]
+    assert platform["chosen"]["name"] == "cpu"
+    said = " ".join(ran.err.split())
+    assert "'bright' of plugin 'bright' (dist-bright 1.2.3) cannot be imported from bright.impl:Part: " in said
+    assert said.endswith("or report it to its authors. It is passed over.")
 
 
 MARK = """

@@ -238,7 +238,7 @@ def test_auto_takes_the_available_platform_of_highest_priority(make, registries)
 def test_named_platform_must_be_available(make, registries):
     put(registries.platforms, dataclasses.replace(PLATFORM, name="best"), "Missing")
     text = reason(make(platform="best"), registries)
-    assert "platform 'best' of dist-fake: not available here: no such device; plug one in" in text
+    assert "platform 'best' of plugin 'fake' (dist-fake 1.0): not available here: no such device; plug one in" in text
     assert text.endswith("leave out --platform to use what is available.")
 
 
@@ -333,7 +333,8 @@ def test_config_without_architectures(make, registries):
 
 def test_family_that_refuses_the_checkpoint(make, registries):
     text = reason(make({"broken": True}), registries)
-    assert text == "model family 'toy' of dist-fake: rope type 'x' is not supported; use another checkpoint."
+    who = "model family 'toy' of plugin 'fake' (dist-fake 1.0)"
+    assert text == f"{who}: rope type 'x' is not supported; use another checkpoint."
 
 
 def test_family_that_cannot_read_the_checkpoint(make, registries):
@@ -391,7 +392,7 @@ def test_backend_that_lacks_something(make, registries, config, given, expected)
     (passed_over,) = [r for r in part.rejected if r.name == "fast"]
     assert any(expected in text for text in passed_over.reasons)
     text = reason(make(config, attention="fast", **given), registries)
-    assert text.startswith("attention backend 'fast' of dist-fake: ")
+    assert text.startswith("attention backend 'fast' of plugin 'fake' (dist-fake 1.0): ")
     assert expected in text
     assert text.endswith("choose another --attention.")
 
@@ -447,7 +448,8 @@ def test_unreadable_quantization(make, registries):
 
 def test_method_that_does_not_recognise_the_section(make, registries):
     text = reason(make({"quantization_config": {"quant_method": "int4", "bits": 3}}), registries)
-    assert "quantization method 'four' of dist-fake: does not recognise the checkpoint's quantization_config" in text
+    who = "quantization method 'four' of plugin 'fake' (dist-fake 1.0)"
+    assert f"{who}: does not recognise the checkpoint's quantization_config" in text
 
 
 def test_two_methods_for_one_checkpoint(make, registries):
@@ -685,7 +687,7 @@ def test_method_and_speculator_of_another_device(make, registries):
 def test_experts_need_a_method_for_them(make, registries):
     sparse = {"needs": ["experts"]}
     text = reason(make(sparse), registries)
-    assert "quantization method 'none' of dist-fake: lacks experts, which the model needs" in text
+    assert "quantization method 'none' of plugin 'fake' (dist-fake 1.0): lacks experts, which the model needs" in text
     change(registries.quant, "none", experts=True)
     assert resolve(make(sparse), registries).quant.name == "none"
     change(registries.quant, "four", on_load=True)
@@ -772,8 +774,8 @@ def test_fallback_is_taken_only_when_allowed(make, registries, caplog):
     (taken,) = config.fallbacks
     assert (taken.option, taken.asked, taken.got) == ("--block-size", "48", "32")
     assert taken.why == (
-        "attention backend 'fast' of dist-fake: has no 48-token blocks; choose --block-size 16 or 32, "
-        "or choose another --attention.",
+        "attention backend 'fast' of plugin 'fake' (dist-fake 1.0): has no 48-token blocks; choose --block-size 16 or "
+        "32, or choose another --attention.",
     )
     assert f"Fallback: --block-size 48 → 32, since {taken.why[0]}" in caplog.text
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config

@@ -64,9 +64,7 @@ class Decision(Generic[M]):
     def refuse_rejected(self, headline: str) -> None:
         """Nobody was taken: turn every candidate's reasons into obstacles."""
         for entry, reasons in self.rejected:
-            self.obstacles.extend(
-                f"{headline} {entry.name!r} of {entry.distribution}: {reason}" for reason in reasons
-            )
+            self.obstacles.extend(f"{headline} {entry.name!r} of {entry.owner}: {reason}" for reason in reasons)
 
     def selection(self) -> Selection:
         """The decision in the configuration's terms; only once it is taken."""
@@ -110,20 +108,22 @@ def load(entry: Entry[Any], contract: str, decision: Decision[Any]) -> Any:
     """The candidate's class, or None after rejecting it: it cannot be imported or breaks its contract."""
     module, _, name = contract.partition(":")
     base = getattr(import_module(module), name)
+    who = f"{entry.name!r} of {entry.owner}"
+    repair = f"Install a release of {entry.distribution} that repairs this, or report it to its authors."
     try:
         cls = entry.load()
     except PluginLoadError as error:
-        problem = str(error)
+        problem = str(error).removeprefix(f"{who} ")
     else:
         if not (inspect.isclass(cls) and issubclass(cls, base)):
-            problem = f"{entry.target} of {entry.owner} is not a subclass of {module}.{name}."
+            problem = f"names {entry.target}, which is not a subclass of {module}.{name}. {repair}"
         elif inspect.isabstract(cls):
             missing = ", ".join(sorted(name for name in dir(cls) if _is_abstract(cls, name)))
-            problem = f"{entry.target} of {entry.owner} leaves methods of its contract undefined: {missing}."
+            problem = f"names {entry.target}, which leaves methods of its contract undefined: {missing}. {repair}"
         else:
             return cls
     decision.reject(entry, problem)
-    decision.broken.append(problem)
+    decision.broken.append(f"{who} {problem}")
     return None
 
 
