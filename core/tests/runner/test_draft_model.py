@@ -11,6 +11,7 @@ from dovetail.contracts.executor import KVGroup
 from dovetail.contracts.platform import ExactShapes
 from dovetail.contracts.specdec import SpecState
 from dovetail.errors import ConfigError
+from dovetail.runner import kv_memory
 from dovetail.runner.draft_memory import bytes_beside_block, draft_blocks
 from dovetail.runner.draft_model import DraftRunner
 from dovetail.runner.slots import SlotTables, StepRows
@@ -137,10 +138,19 @@ def test_positions_end_with_the_context(tables):
 
 
 def test_memory_beside_the_engines():
-    backend = SimpleNamespace(block_bytes=lambda groups: 100 * len(groups[0].layers))
-    draft = SimpleNamespace(facts=SimpleNamespace(attention=[None] * 3), block_bytes=backend.block_bytes)
-    one, two = [KVGroup(layers=(0, 1))], [KVGroup(layers=(0,)), KVGroup(layers=(1,), window=8)]
-    assert (bytes_beside_block(draft, one), bytes_beside_block(draft, two)) == (300, 150)
-    assert (draft_blocks(CONFIG, 9, one), draft_blocks(CONFIG, 17, two)) == (9, 9)
-    with pytest.raises(ConfigError, match=r"gets 8 blocks, and one request of --max-model-len 32 needs 9"):
-        draft_blocks(CONFIG, 15, two)
+    """It holds as many full contexts, of 8 pages each, as the engine's cache."""
+    facts = SimpleNamespace(attention=[None] * 3)
+    draft = SimpleNamespace(config=CONFIG, facts=facts, block_bytes=lambda groups: 100 * len(groups[0].layers))
+    full, sliding = KVGroup(layers=(0, 1)), KVGroup(layers=(2, 3), window=4)
+    assert kv_memory.blocks_per_request(CONFIG, [full]) == 8
+    assert kv_memory.blocks_per_request(CONFIG, [sliding, sliding]) == 12
+    assert [bytes_beside_block(draft, groups) for groups in ([full], [full, full], [sliding] * 2)] == [300, 150, 200]
+    assert [draft_blocks(draft, [full], blocks) for blocks in (9, 25)] == [9, 25]
+    assert [draft_blocks(draft, [full, full], blocks) for blocks in (17, 33)] == [9, 17]
+    assert [draft_blocks(draft, [sliding] * 2, blocks) for blocks in (13, 25)] == [9, 17]
+
+
+def test_memory_that_does_not_hold_one_request_is_refused():
+    config = engine_config(max_model_len=32, block_size=4, kv_cache_memory=9 * 400 - 1, draft=CONFIG)
+    with pytest.raises(ConfigError, match=r"GiB of KV cache, the draft model's included, and the cache has"):
+        kv_memory.num_blocks(config, 400, [KVGroup(layers=(0, 1))], 10**6)

@@ -1,12 +1,11 @@
-"""The KV cache of a draft model: as many tokens as the engine's own, out of the same memory."""
+"""The KV cache of a draft model: it holds as many full contexts as the engine's own, out of the same memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dovetail.config import EngineConfig
 from dovetail.contracts.executor import KVGroup
-from dovetail.errors import ConfigError
+from dovetail.runner.kv_memory import blocks_per_request
 from dovetail.runner.loaded_model import LoadedModel
 
 
@@ -16,21 +15,16 @@ def draft_groups(draft: LoadedModel) -> tuple[KVGroup, ...]:
 
 
 def bytes_beside_block(draft: LoadedModel, groups: Sequence[KVGroup]) -> int:
-    """Bytes of the draft's cache per block of the engine's, which holds a page of each of its groups."""
-    return -(-draft.block_bytes(draft_groups(draft)) // len(groups))
+    """Bytes of the draft's cache per block of the engine's, whose groups are given."""
+    own = draft_groups(draft)
+    total = draft.block_bytes(own) * blocks_per_request(draft.config, own)
+    return -(-total // blocks_per_request(draft.config, groups))
 
 
-def draft_blocks(config: EngineConfig, blocks: int, groups: Sequence[KVGroup]) -> int:
-    """Blocks of the draft's cache, the null block included, beside ``blocks`` of the engine's.
+def draft_blocks(draft: LoadedModel, groups: Sequence[KVGroup], blocks: int) -> int:
+    """Blocks of the draft's cache beside ``blocks`` of the engine's, the null blocks included.
 
-    Raises:
-        ConfigError: it could not hold one request of ``max_model_len``.
+    Where the engine's cache holds a request of any length, so does the draft's.
     """
-    own = (blocks - 1) // len(groups) + 1
-    needed = -(-config.max_model_len // config.block_size) + 1
-    if own < needed:
-        raise ConfigError(
-            f"The draft model's KV cache gets {own} blocks, and one request of --max-model-len {config.max_model_len} "
-            f"needs {needed}. Raise --kv-cache-memory, lower --max-model-len, or leave out --speculative-config."
-        )
-    return own
+    own = blocks_per_request(draft.config, draft_groups(draft))
+    return (blocks - 1) * own // blocks_per_request(draft.config, groups) + 1

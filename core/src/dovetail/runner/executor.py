@@ -58,7 +58,7 @@ class LocalExecutor(Executor):
         forward = main.forward_pass(groups, blocks, tables, shapes, 1 + config.num_speculative_tokens)
         draft = None
         if drafter is not None:
-            draft = DraftRunner(drafter, shapes, tables, draft_blocks(config, blocks, groups))
+            draft = DraftRunner(drafter, shapes, tables, draft_blocks(drafter, groups, blocks))
         sampler = Sampler(config.max_num_seqs, config.vocab_size, platform.device, ops)
         self._runner = ModelRunner(forward, sampler, self._proposer(tables, draft))
         loaded = time.perf_counter()

@@ -27,6 +27,12 @@ def block_bytes(specs: Sequence[AttentionSpec], groups: Sequence[KVGroup], backe
     return sizes.pop() * max(len(group.layers) for group in groups)
 
 
+def blocks_per_request(config: EngineConfig, groups: Sequence[KVGroup]) -> int:
+    """Most blocks that one request of ``max_model_len`` holds at once."""
+    step = min(config.max_num_batched_tokens, config.max_model_len)
+    return sum(most_pages(group.window, config.max_model_len, step, config.block_size) for group in groups)
+
+
 def num_blocks(config: EngineConfig, bytes_per_block: int, groups: Sequence[KVGroup], available: int) -> int:
     """Blocks of the pool, the null block included.
 
@@ -36,8 +42,7 @@ def num_blocks(config: EngineConfig, bytes_per_block: int, groups: Sequence[KVGr
     Raises:
         ConfigError: not even one request of ``max_model_len`` fits; the message says how much is missing.
     """
-    step = min(config.max_num_batched_tokens, config.max_model_len)
-    per_request = sum(most_pages(group.window, config.max_model_len, step, config.block_size) for group in groups)
+    per_request = blocks_per_request(config, groups)
     wanted = config.max_num_seqs * per_request + 1
     if config.kv_cache_memory is None:
         budget = min(wanted * bytes_per_block, available // DEFAULT_SHARE)
@@ -51,10 +56,11 @@ def num_blocks(config: EngineConfig, bytes_per_block: int, groups: Sequence[KVGr
     blocks = budget // bytes_per_block
     if blocks < per_request + 1:
         needed = (per_request + 1) * bytes_per_block
+        draft = "" if config.draft is None else ", the draft model's included"
         raise ConfigError(
-            f"One request of --max-model-len {config.max_model_len} needs {needed / GIB:.3f} GiB of KV cache, and the "
-            f"cache has {budget / GIB:.3f} GiB. Raise --kv-cache-memory by {(needed - budget) / GIB:.3f} GiB or lower "
-            "--max-model-len."
+            f"One request of --max-model-len {config.max_model_len} needs {needed / GIB:.3f} GiB of KV cache{draft}, "
+            f"and the cache has {budget / GIB:.3f} GiB. Raise --kv-cache-memory by {(needed - budget) / GIB:.3f} GiB "
+            "or lower --max-model-len."
         )
     return blocks if config.kv_cache_memory is not None else min(blocks, wanted)
 
