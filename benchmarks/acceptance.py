@@ -4,14 +4,15 @@ DATA is a JSON list of conversations as text, of which each prompt is the part u
 tables are printed, a row per task:
 
 1. Greedy agreement: the share of the model's greedy tokens that the draft model would have chosen there too, each given
-   the model's own text; and the tokens per round that follow from it.
+   the model's own text, with its standard error over prompts; and the tokens per round that follow from it.
 2. Greedy speculation in the engine: drafts accepted, tokens per step, and tokens per second relative to the same engine
    without speculation, in the same run.
 3. The same at temperature 1, for both ways of sampling drafts.
 
-Requests run one at a time. Times are the least of several runs.
+The first table uses all prompts, the others the first few of each task, one at a time. Times are the least of several
+runs.
 
-    python benchmarks/acceptance.py TARGET DRAFT DATA [-k 4] [--prompts 12] [--tokens 96]
+    python benchmarks/acceptance.py TARGET DRAFT DATA [-k 4] [--prompts 12] [--tokens 96] [--dtype auto]
 """
 
 from __future__ import annotations
@@ -59,9 +60,11 @@ class Measured:
 def main() -> None:
     """Measure and print."""
     arguments = _arguments()
-    target = LLM(arguments.target, max_num_seqs=4, num_threads=arguments.threads)
-    tasks = _tasks(json.loads(Path(arguments.data).read_text()), target, arguments.prompts)
-    _print_agreement(tasks, target, arguments)
+    common = {"max_num_seqs": 4, "num_threads": arguments.threads, "dtype": arguments.dtype}
+    target = LLM(arguments.target, **common)
+    tasks = _tasks(json.loads(Path(arguments.data).read_text()), target)
+    with LLM(arguments.draft, **common) as small:
+        _print_agreement(tasks, target, small, arguments)
     draft = {"method": "draft_model", "model": arguments.draft}
     ways: dict[float, dict[str, dict[str, Any]]] = {
         0.0: {"ngram": {"method": "ngram"}, "draft_model": draft},
@@ -70,10 +73,7 @@ def main() -> None:
     for temperature, sections in ways.items():
         engines = {
             name: LLM(
-                arguments.target,
-                max_num_seqs=4,
-                num_threads=arguments.threads,
-                speculative_config=section | {"num_speculative_tokens": arguments.k},
+                arguments.target, speculative_config=section | {"num_speculative_tokens": arguments.k}, **common
             )
             for name, section in sections.items()
         }
@@ -81,7 +81,7 @@ def main() -> None:
         print(f"{'':8}" + "".join(f"{name:>26}" for name in engines))
         for kind, prompts in tasks.items():
             params = SamplingParams(temperature=temperature, seed=1, max_tokens=arguments.tokens)
-            runs = _measure([target, *engines.values()], prompts, params, arguments.runs)
+            runs = _measure([target, *engines.values()], prompts[: arguments.prompts], params, arguments.runs)
             print(f"{kind:8}" + "".join(f"{run.against(runs[0]):>26}" for run in runs[1:]), flush=True)
         for engine in engines.values():
             engine.close()
@@ -94,29 +94,34 @@ def _arguments() -> argparse.Namespace:
         parser.add_argument(name)
     for name, default in (("-k", 4), ("--prompts", 12), ("--tokens", 96), ("--runs", 3), ("--threads", None)):
         parser.add_argument(name, type=int, default=default)
+    parser.add_argument("--dtype", default="auto")
     return parser.parse_args()
 
 
-def _tasks(texts: Sequence[str], llm: LLM, count: int) -> dict[str, list[list[int]]]:
-    """Task -> its first ``count`` prompts as token ids, without those that are too long."""
+def _tasks(texts: Sequence[str], llm: LLM) -> dict[str, list[list[int]]]:
+    """Task -> its prompts as token ids, without those that are too long."""
     found: dict[str, list[list[int]]] = defaultdict(list)
     for text in texts:
         prompt = text[: text.find(ASSISTANT) + len(ASSISTANT)]
         kind = next(name for name, words in KINDS if any(word in prompt for word in words))
         found[kind].append(llm.get_tokenizer().encode(prompt, add_special_tokens=False))
-    return {name: [p for p in found[name][:count] if len(p) <= LONGEST_PROMPT] for name, _ in KINDS if found[name]}
+    return {name: [p for p in found[name] if len(p) <= LONGEST_PROMPT] for name, _ in KINDS if found[name]}
 
 
-def _print_agreement(tasks: dict[str, list[list[int]]], target: LLM, arguments: argparse.Namespace) -> None:
+def _print_agreement(
+    tasks: dict[str, list[list[int]]], target: LLM, draft: LLM, arguments: argparse.Namespace
+) -> None:
     print("greedy agreement, given the model's own text")
-    print(f"{'task':8}{'prompts':>9}{'tokens':>9}{'agreement':>11}{f'tokens per round (k={arguments.k})':>30}")
-    with LLM(arguments.draft, max_num_seqs=4, num_threads=arguments.threads) as draft:
-        for kind, prompts in tasks.items():
-            agreed = [_agreement(prompt, target, draft, arguments.tokens) for prompt in prompts]
-            rounds = [length for each in agreed for length in _rounds(each, arguments.k)]
-            total = sum(map(len, agreed))
-            share = sum(map(sum, agreed)) / total
-            print(f"{kind:8}{len(prompts):9}{total:9}{share:11.3f}{sum(rounds) / len(rounds):30.2f}", flush=True)
+    print(f"{'task':8}{'prompts':>9}{'tokens':>9}{'agreement':>19}{f'tokens per round (k={arguments.k})':>30}")
+    for kind, prompts in tasks.items():
+        agreed = [_agreement(prompt, target, draft, arguments.tokens) for prompt in prompts]
+        rounds = [length for each in agreed for length in _rounds(each, arguments.k)]
+        total = sum(map(len, agreed))
+        share = sum(map(sum, agreed)) / total
+        # of a ratio of sums, over prompts
+        error = sum((sum(each) - share * len(each)) ** 2 for each in agreed) ** 0.5 / total
+        agreement = f"{share:.3f} ± {error:.3f}"
+        print(f"{kind:8}{len(prompts):9}{total:9}{agreement:>19}{sum(rounds) / len(rounds):30.2f}", flush=True)
 
 
 def _agreement(prompt: list[int], target: LLM, draft: LLM, tokens: int) -> list[bool]:

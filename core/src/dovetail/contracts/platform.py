@@ -192,7 +192,9 @@ class Platform(ABC):
 
     @abstractmethod
     def compile(self, step: StepFunction, bucket: Bucket) -> StepFunction:
-        """Turn the step into whatever runs fastest at this size; called once per bucket. May return it unchanged.
+        """Turn the step into whatever runs fastest at this size. May return it unchanged.
+
+        Called once per bucket and model: a draft model has a step of its own.
 
         Phase: warm-up. Order: 1. Times: per bucket, and later for sizes not in the ladder. May raise: nothing.
         """
