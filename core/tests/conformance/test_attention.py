@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from dovetail.platforms.cpu import kernels
 from dovetail.platforms.cpu.attention import CpuAttention
 from dovetail.platforms.cpu.blocked_attention import BlockedAttention
@@ -47,4 +49,5 @@ def cpu_on(isa: str) -> type[CpuAttention]:
 
 for _isa in kernels.built_isas()[1:]:
     _subject = unregistered(cpu_on(_isa), registered("cpu").find("attention").manifest)
-    globals()[f"TestCpuOn_{_isa}"] = type(f"TestCpuOn_{_isa}", (AttentionSuite,), {"subject": _subject})
+    _members = {"subject": _subject, "pytestmark": pytest.mark.slow}
+    globals()[f"TestCpuOn_{_isa}"] = type(f"TestCpuOn_{_isa}", (AttentionSuite,), _members)

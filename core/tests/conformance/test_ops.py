@@ -1,5 +1,7 @@
 """The operations of our own platforms, in the public form, and that the suite leaves none out."""
 
+import pytest
+
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import PlatformConfig
 from dovetail.platforms.cpu import kernels
@@ -40,7 +42,8 @@ def cpu_on(isa: str) -> type[CpuPlatform]:
 
 for _isa in kernels.built_isas()[1:]:
     _subject = unregistered(cpu_on(_isa), registered("cpu").find("platforms").manifest)
-    globals()[f"TestCpuOn_{_isa}"] = type(f"TestCpuOn_{_isa}", (OpsSuite,), {"subject": _subject})
+    _members = {"subject": _subject, "pytestmark": pytest.mark.slow}
+    globals()[f"TestCpuOn_{_isa}"] = type(f"TestCpuOn_{_isa}", (OpsSuite,), _members)
 
 
 def test_every_operation_has_a_scenario():

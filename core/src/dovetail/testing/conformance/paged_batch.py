@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dovetail.contracts.attention import AttentionBackend, AttentionSpec, KVCache, Metadata, StepTensors
 from dovetail.messages import NULL_BLOCK
+from dovetail.testing.conformance.dense import attend
 
 PLAIN = AttentionSpec(num_heads=4, num_kv_heads=2, head_size=64, scale=0.125)
 SIGNAL = 2.0
@@ -198,17 +199,8 @@ def whole(request: Request) -> Part:
 
 def dense(request: Request, spec: AttentionSpec, kv_dtype: torch.dtype | None = None) -> Tensor:
     """Attention of a whole request in float64, ``[L, H × K]``, from keys and values as ``kv_dtype`` keeps them."""
-    stored = [x if kv_dtype is None else x.to(kv_dtype) for x in (request.k_LNK, request.v_LNK)]
-    group = spec.num_heads // spec.num_kv_heads
-    k_LHK, v_LHK = (x.double().repeat_interleave(group, dim=1) for x in stored)
-    scores_HLL = torch.einsum("qhd,khd->hqk", request.q_LHK.double(), k_LHK) * spec.scale
-    if spec.soft_cap is not None:
-        scores_HLL = spec.soft_cap * torch.tanh(scores_HLL / spec.soft_cap)
-    positions_L = torch.arange(len(request))
-    distance_LL = positions_L.unsqueeze(1) - positions_L
-    hidden_LL = (distance_LL < 0) | (distance_LL >= (spec.window or len(request)))
-    probs_HLL = scores_HLL.masked_fill(hidden_LL, -torch.inf).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", probs_HLL, v_LHK).flatten(1)
+    k_LNK, v_LNK = (x if kv_dtype is None else x.to(kv_dtype) for x in (request.k_LNK, request.v_LNK))
+    return attend(request.q_LHK.double(), k_LNK, v_LNK, spec)
 
 
 def with_values(request: Request, value: float) -> Request:

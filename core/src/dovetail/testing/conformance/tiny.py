@@ -22,6 +22,7 @@ from dovetail.layers.decoder import Decoder, DecoderLayer
 from dovetail.layers.head import Head
 from dovetail.layers.mlp import GatedMLP
 from dovetail.layers.rotary import frequencies, rotary_table
+from dovetail.testing.conformance.dense import attend
 from dovetail.testing.engines import engine_config
 
 VOCAB_SIZE = 128
@@ -177,20 +178,14 @@ def _normed(x_TD: Tensor, weight_D: Tensor) -> Tensor:
 
 def _dense_attention(x_TD: Tensor, layer: Mapping[str, Tensor], window: int | None) -> Tensor:
     length = len(x_TD)
-    q_HTK, k_NTK, v_NTK = (
-        (x_TD @ layer[f"self_attn.{part}_proj.weight"].t()).view(length, -1, HEAD_SIZE).transpose(0, 1)
-        for part in "qkv"
+    q_THK, k_TNK, v_TNK = (
+        (x_TD @ layer[f"self_attn.{part}_proj.weight"].t()).view(length, -1, HEAD_SIZE) for part in "qkv"
     )
     positions_T = torch.arange(length, dtype=torch.float64)
     inverse_K = ROTARY_BASE ** (-torch.arange(0, HEAD_SIZE, 2, dtype=torch.float64) / HEAD_SIZE)
     turn_TK = torch.polar(torch.ones(length, HEAD_SIZE // 2, dtype=torch.float64), torch.outer(positions_T, inverse_K))
-    q_HTK, k_NTK = (_turned(x, turn_TK) for x in (q_HTK, k_NTK))
-    k_HTK, v_HTK = (x.repeat_interleave(HEADS // KV_HEADS, dim=0) for x in (k_NTK, v_NTK))
-    distance_TT = positions_T.unsqueeze(1) - positions_T
-    hidden_TT = (distance_TT < 0) | (distance_TT >= (window or length))
-    scores_HTT = (q_HTK @ k_HTK.transpose(1, 2) * HEAD_SIZE**-0.5).masked_fill(hidden_TT, -torch.inf)
-    attended_TD: Tensor = (scores_HTT.softmax(-1) @ v_HTK).transpose(0, 1).flatten(1)
-    return attended_TD @ layer["self_attn.o_proj.weight"].t()
+    q_THK, k_TNK = (_turned(x, turn_TK.unsqueeze(1)) for x in (q_THK, k_TNK))
+    return attend(q_THK, k_TNK, v_TNK, spec(window)) @ layer["self_attn.o_proj.weight"].t()
 
 
 def _turned(x: Tensor, turn_TK: Tensor) -> Tensor:
