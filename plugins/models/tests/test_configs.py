@@ -290,3 +290,8 @@ def test_hook_registers_every_family() -> None:
     check: Register[ModelManifest] = register
     plugin.dovetail_register_models(check)
     assert list(seen) == ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3"]
+
+
+def test_mixtures_need_number_formats_for_experts() -> None:
+    assert Mixtral.facts(BASE).needs == Qwen3Moe.facts(BASE).needs == {"experts"}
+    assert Llama.facts(BASE).needs == frozenset()

@@ -59,9 +59,15 @@ C = TypeVar("C", bound=DecoderConfig)
 
 
 class DecoderModel(Model, Generic[C]):
-    """A family of decoders; ``C`` is what it reads from config.json."""
+    """A family of decoders; ``C`` is what it reads from config.json.
+
+    Attributes:
+        renames: of the checkpoint's tensors.
+        needs: what the family needs of other parts beyond its attention, by manifest field name.
+    """
 
     renames: ClassVar[Sequence[Rename]] = MERGED
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     @abstractmethod
@@ -88,6 +94,7 @@ class DecoderModel(Model, Generic[C]):
             vocab_size=config.vocab_size,
             max_positions=min(rope.max_positions for rope in config.ropes),
             dtype=config.dtype,
+            needs=cls.needs,
         )
 
     def __init__(self, hf_config: Mapping[str, Any], context: ModelContext) -> None:

@@ -39,6 +39,8 @@ class Mixtral(DecoderModel[MixtralConfig]):
         Rename("block_sparse_moe.experts.*.w2", "mlp.experts.down", "*.down"),
     )
 
+    needs = frozenset({"experts"})
+
     @classmethod
     def parse(cls, hf_config: Mapping[str, Any]) -> MixtralConfig:
         """Every layer has the same attention; the weights of a token's experts sum to 1."""

@@ -42,6 +42,8 @@ class Qwen3Moe(DecoderModel[Qwen3MoeConfig]):
         *MERGED,
     )
 
+    needs = frozenset({"experts"})
+
     @classmethod
     def parse(cls, hf_config: Mapping[str, Any]) -> Qwen3MoeConfig:
         """Every layer slides, or none does."""
