@@ -31,6 +31,7 @@ COMMANDS = {
     "generate": [*RUN, "prompts", "file", "n", *SAMPLING, "as_json"],
     "plugins": ["as_json"],
     "explain": [*RUN, "as_json"],
+    "conformance": names("plugin kinds names form output"),
     "doctor": ["config", *ENGINE, *SERVER, "as_json"],
     "bench throughput": [*RUN, "num_prompts", *WORKLOAD, "as_json"],
     "bench latency": [*RUN, "runs", *WORKLOAD, "as_json"],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from html import escape
+from typing import TYPE_CHECKING
 
-from dovetail.testing.conformance.report import Part, Report, ScenarioResult
+if TYPE_CHECKING:
+    from dovetail.testing.conformance.report import Part, Report, ScenarioResult
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222; }

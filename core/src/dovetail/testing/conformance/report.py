@@ -1,4 +1,4 @@
-"""What came of a conformance run, as messages that reports are made of. Imports neither torch nor pytest."""
+"""What came of a conformance run, as messages that reports are made of."""
 
 from __future__ import annotations
 
