@@ -44,7 +44,9 @@ def small_config(architecture: str, changes: Mapping[str, Any]) -> dict[str, Any
     sizes = {name: size for name, size in SMALL.items() if usual.get(name) is not None}
     config = model.config_class(**{**sizes, **NO_TOKENS, **changes}, architectures=[architecture])
     made: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return {name: value for name, value in made.items() if value is not None or name in changes}
+    # What is left out gets transformers' default again: special tokens beyond the vocabulary, for one.
+    kept = {*NO_TOKENS, *changes}
+    return {name: value for name, value in made.items() if value is not None or name in kept}
 
 
 def known_logits(folder: Path, token_ids: Sequence[int]) -> Tensor | None:
