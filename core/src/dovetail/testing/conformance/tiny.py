@@ -6,7 +6,6 @@ everything that an engine can get wrong changes its tokens. Tensor letters as in
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from dovetail.layers.decoder import Decoder, DecoderLayer
 from dovetail.layers.head import Head
 from dovetail.layers.mlp import GatedMLP
 from dovetail.layers.rotary import frequencies, rotary_table
+from dovetail.testing.conformance import checkpoints
 from dovetail.testing.conformance.dense import attend
 from dovetail.testing.engines import engine_config
 
@@ -115,20 +115,10 @@ def write_checkpoint(folder: Path, hf_config: Mapping[str, Any] = CONFIG, *, poi
     Args:
         poisoned: a token whose embedding is NaN, so that whoever reads it gets logits that are not finite.
     """
-    (folder / "config.json").write_text(json.dumps(dict(hf_config)))
-    header: dict[str, Any] = {}
-    data = b""
     tensors = weights(hf_config)
     if poisoned is not None:
         tensors["model.embed_tokens.weight"][poisoned] = torch.nan
-    for name, tensor in tensors.items():
-        content = tensor.numpy().tobytes()
-        offsets = [len(data), len(data) + len(content)]
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": offsets}
-        data += content
-    encoded = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
-    return folder
+    return checkpoints.write_checkpoint(folder, hf_config, tensors)
 
 
 def tiny_config(
