@@ -5,8 +5,10 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from dovetail.cli.main import run
-from dovetail.testing.conformance import AttentionSuite, scenarios
+from dovetail.testing.conformance import AttentionSuite, scenarios, subject
 from dovetail.testing.conformance.catalogue import ALL
 
 PAGE = "docs/plugins/conformance.md"
@@ -40,3 +42,16 @@ def test_the_commands_on_the_page(read_page, tmp_path, monkeypatch, capsys):
 
 def test_every_suite_is_on_the_page(read_page):
     assert set(re.findall(r"^\| `(\w+Suite)`", read_page(PAGE).text, re.MULTILINE)) == {suite.__name__ for suite in ALL}
+
+
+@pytest.mark.parametrize(("page", "plugin"), [("platform", "abacus"), ("attention", "chalk")])
+def test_the_examples_of_other_pages_conform(installed, page, plugin, capsys):
+    """What authors copy from passes what authors run."""
+    installed(f"docs/plugins/{page}.md")
+    subject.installed.cache_clear()
+    code = run(["conformance", plugin, "--format", "json"])
+    subject.installed.cache_clear()
+    parts = json.loads(capsys.readouterr().out)["parts"]
+    failed = {s["scenario"]: s["reasons"] for part in parts for s in part["scenarios"] if s["outcome"] == "failed"}
+    assert failed == {}
+    assert code == 0

@@ -95,8 +95,8 @@ class LadderShapes(ShapePolicy):
     static = True
 
     def __init__(self, tokens: Sequence[int], requests: Sequence[int]) -> None:
-        self._tokens = tuple(sorted(tokens))
-        self._requests = tuple(sorted(requests))
+        self._tokens = tuple(sorted(set(tokens)))
+        self._requests = tuple(sorted(set(requests)))
 
     def fit(self, num_tokens: int, num_requests: int) -> Bucket:
         """The next rung in each direction.
