@@ -232,7 +232,7 @@ def test_missing_requirement_refuses_what_was_named(unwell):
     assert ran.code == 1
     said = " ".join(ran.out.split())
     assert (
-        "'needy' of plugin 'needy' (dist-needy 1.2.3) requires libquill>=2, which is not installed; "
+        "'needy' of plugin 'needy' (dist-needy 1.2.3): requires libquill>=2, which is not installed; "
         "run: pip install 'libquill>=2'."
     ) in said
 
