@@ -30,6 +30,7 @@ COMMANDS = {
         "dovetail.cli.conformance:conformance",
         "Run the conformance suites of everything that an installed plugin registers.",
     ),
+    "new": ("dovetail.cli.new:new", "Write a plugin package that runs, to start from."),
 }
 
 
