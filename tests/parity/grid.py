@@ -20,8 +20,8 @@ COUNT = 24
 """Tokens per request."""
 PLAIN: Mapping[str, Any] = {
     "enable_prefix_caching": False,
-    "max_num_batched_tokens": 512,
-    "max_num_seqs": 8,
+    "max_num_batched_tokens": 640,
+    "max_num_seqs": 10,
     "max_model_len": 128,
     "block_size": 64,
     "attention": "cpu",
@@ -123,14 +123,18 @@ class Prompt:
 
 
 def prompts(vocab_size: int) -> list[Prompt]:
-    """Ragged prompts, four with a common beginning of a large page and more; every other request samples."""
+    """Ragged prompts; every other request samples.
+
+    Four begin alike, for more than a large page; two have the same small pages in another order.
+    """
     rng = random.Random(11)
 
     def tokens(count: int) -> list[int]:
         return [rng.randrange(16, vocab_size) for _ in range(count)]
 
-    shared, motif = tokens(70), tokens(6)
+    shared, motif, one, two = tokens(70), tokens(6), tokens(32), tokens(32)
     token_ids = [shared + tokens(n) for n in (1, 9, 24, 26)] + [tokens(3), motif * 7 + tokens(2), tokens(50)]
+    token_ids += [one + two + tokens(5), two + one + tokens(5)]
     chance = {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "seed": 5}
     return [Prompt(ids, chance if i % 2 else {}) for i, ids in enumerate(token_ids)]
 
