@@ -16,6 +16,7 @@ import torch
 from dovetail import LLM, SamplingParams
 from dovetail.checkpoint import demo
 from dovetail.cli.main import run
+from dovetail.cli.new import scaffold
 from dovetail.contracts import API_VERSIONS
 from dovetail.contracts.attention import AttentionBackend
 from dovetail.contracts.executor import Executor
@@ -97,7 +98,7 @@ def test_model_check_can_fail(installed):
 def test_quant(installed, tmp_path):
     page = installed("docs/plugins/quant.md")
     (explain,) = page.page.dovetail("explain")
-    assert re.search(r"quantization +│ int8-rows", page.dovetail(*explain))
+    assert re.search(r"quantization +│ rows", page.dovetail(*explain))
     on_load, stored = page.page.dovetail("generate")
     (convert,) = [shlex.split(line)[1:] for line in page.page.commands() if line.startswith("python convert.py")]
     checkpoint = next(e for e in PluginHost().discover().registries.models if e.manifest.demo).manifest.demo
@@ -118,7 +119,7 @@ def test_quant_is_close_to_plain(installed):
     assert values.dtype == torch.int8
     assert (values.float() * scale - weight).abs().max() <= scale.max() / 2 + 1e-6
     plain, _ = greedy([PROMPT], 4, dtype="float32")
-    quantized, _ = greedy([PROMPT], 4, dtype="float32", quantization="int8-rows")
+    quantized, _ = greedy([PROMPT], 4, dtype="float32", quantization="rows")
     assert plain == quantized
 
 
@@ -139,6 +140,18 @@ def test_executor(read_page, tmp_path, capsys):
     (tmp_path / file).write_text(page.files()[file])
     runpy.run_path(str(tmp_path / file))
     assert page.blocks("console") == [f"$ python {file}\n{capsys.readouterr().out}"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("platform", "abacus"), ("attention", "chalk"), ("quant", "rows"), ("specdec", "echo")]
+)
+def test_examples_are_what_dovetail_new_writes(kind, name, read_page, tmp_path):
+    scaffold(kind, name, tmp_path / "package")
+    files = read_page(f"docs/plugins/{kind}.md").files()
+    modules = {title: body for title, body in files.items() if title.startswith("dovetail_")}
+    assert len(modules) == 2
+    for title, body in modules.items():
+        assert (tmp_path / "package/src" / title).read_text(encoding="utf-8") == body
 
 
 def test_commands_of_the_overview(read_page, capsys):

@@ -8,7 +8,6 @@ from dovetail.testing.conformance import QuantSuite, registered
 class TestNibble(QuantSuite):
     subject = registered("nibble")
     sections = ({"quant_method": "nibble", "bits": 4, "group_size": 4},)
-    error = 0.1
 
     @staticmethod
     def store(weight_OI, section):

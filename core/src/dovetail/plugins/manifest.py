@@ -107,6 +107,8 @@ class QuantManifest(Manifest):
         dtypes: activation dtypes it works with; empty means any.
         device_types: torch device types that it runs on; empty means any.
         experts: optional capability, closed by default: the stacked expert weights of sparse models.
+        error: largest error that the format makes in one layer of normally distributed weights and inputs, root mean
+            square relative to the exact product; conformance holds it to that.
     """
 
     checkpoint_methods: tuple[str, ...] = ()
@@ -115,6 +117,7 @@ class QuantManifest(Manifest):
     dtypes: tuple[str, ...] = ()
     device_types: tuple[str, ...] = ()
     experts: bool = False
+    error: float = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

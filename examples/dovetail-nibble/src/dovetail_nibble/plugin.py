@@ -15,5 +15,6 @@ def dovetail_register_quant_methods(register: Callable[[QuantManifest, str], Non
         checkpoint_methods=("nibble",),
         on_load=True,
         ops=frozenset({"w4a16_mm"}),
+        error=0.1,
     )
     register(manifest, "dovetail_nibble.method:Nibble")

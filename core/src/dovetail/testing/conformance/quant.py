@@ -50,14 +50,13 @@ class QuantSuite(Suite):
 
     Attributes:
         sections: every kind of ``quantization_config`` that it reads; none if it quantizes on load alone.
-        error: largest error that the format makes in one layer of normally distributed weights and inputs, root mean
-            square relative to the exact product.
+        error: a tighter bound than the manifest's ``error``.
     """
 
     contract: ClassVar[str] = "quant"
     kind: ClassVar[str] = "quant"
     sections: ClassVar[Sequence[Mapping[str, Any]]] = ()
-    error: ClassVar[float] = 0.05
+    error: ClassVar[float | None] = None
 
     @staticmethod
     def store(weight_OI: Tensor, section: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
@@ -364,7 +363,8 @@ class QuantSuite(Suite):
         __tracebackhide__ = True
         self.check(bool(got.isfinite().all()), f"{what}: {int((~got.isfinite()).sum())} values are not finite.")
         error = float((got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
-        allowed = layers * (self.error + TOLERANCE[dtype])
+        bound = self.manifest.error if self.error is None else self.error
+        allowed = layers * (bound + TOLERANCE[dtype])
         self.check(error <= allowed, f"{what}: the relative error is {error:.4g}, and {allowed:.4g} is allowed.")
 
     def _accepts_or_names(self, section: dict[str, Any], field: str) -> None:
