@@ -26,7 +26,7 @@ PAGES = sorted(
     [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), ROOT / "core/README.md", *ROOT.glob("plugins/*/README.md")]
 )
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-FOREIGN = {"--extra-index-url", "--help", "--editable", "--vllm", "--llama-cpp"}
+FOREIGN = {"--extra-index-url", "--help", "--editable", "--no-deps", "--vllm", "--llama-cpp"}
 """Options of other programs (pip, the benchmark scripts), and click's own."""
 
 
