@@ -181,6 +181,44 @@ def test_wrong_manifest_type(site):
     assert "it must be a PlatformManifest" in fail(site, source).error
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("priority", "high"),
+        ("api", True),
+        ("api", "1"),
+        ("requires", "fancy"),
+        ("requires", None),
+        ("kv_dtypes", "auto"),
+        ("max_context", "4096"),
+        ("ops", {"linear": 1}),
+    ],
+)
+def test_field_of_the_wrong_type(site, field, value):
+    broken = fail(site, chip("chip", **{field: value}))
+    assert "registers 'chip' with a field of the wrong type: Expected" in broken.error
+    assert f"`$.{field}`; write it as PlatformManifest declares it." in broken.error
+
+
+def test_value_that_no_other_process_could_read(site):
+    source = """
+from dovetail.plugins.manifest import SpecDecoderManifest
+
+@hookimpl
+def dovetail_register_spec_decoders(register):
+    register(SpecDecoderManifest(name="guess", summary="", defaults={"step": object()}), "g:G")
+"""
+    assert "Encoding objects of type object is unsupported" in fail(site, source).error
+
+
+def test_lists_are_read_as_the_declared_types(site):
+    install(site, "listing", HEADER + chip("chip", ops=["linear"], kv_dtypes=["auto"]))
+    registries = PluginHost().discover().registries
+    manifest = registries.platforms.get("chip").manifest
+    assert (manifest.ops, manifest.kv_dtypes) == (frozenset({"linear"}), ("auto",))
+    assert type(registries).decode(registries.encode()).platforms.get("chip").manifest == manifest
+
+
 @pytest.mark.parametrize("target", ["chips.platform", "chips.platform:", ":Chip", "a b:C", "chips:Chip()"])
 def test_malformed_target(site, target):
     broken = fail(site, chip("chip").replace("chips.platform:Chip", target))

@@ -82,11 +82,10 @@ def test_met_requirement(site):
     assert registries.quant.get("q").load()
 
 
-@pytest.mark.parametrize(("requires", "part"), [(("two words",), "'two words'"), ((3,), "requires holds 3")])
-def test_malformed_requirement(site, requires, part):
-    _, status = discover(site, requires)
+def test_malformed_requirement(site):
+    _, status = discover(site, ("two words",))
     assert status.state == "quarantined"
-    assert part in status.error
+    assert "'two words'" in status.error
     assert "'fancy>=2'" in status.error
 
 

@@ -26,7 +26,7 @@ from dovetail.errors import ConfigError, PluginConflictError
 from dovetail.plugins import remedy
 from dovetail.plugins.light_import import light_imports, slowness, watched
 from dovetail.plugins.manifest import Manifest
-from dovetail.plugins.registration import HOOKS, Hook, check_functions, check_registration
+from dovetail.plugins.registration import HOOKS, Hook, check_functions, check_registration, read_manifest
 from dovetail.plugins.registry import Entry, PluginStatus, Registries, nearest
 from dovetail.plugins.requirements import explain_unmet
 
@@ -205,7 +205,7 @@ class _Loading:
         def register(manifest: Manifest, target: str) -> None:
             status = self._status
             entry: Entry[Any] = Entry(
-                manifest=manifest,
+                manifest=read_manifest(hook, manifest),
                 target=target,
                 plugin=status.name,
                 distribution=status.distribution,
@@ -215,7 +215,7 @@ class _Loading:
             self._registries.by_kind()[hook.kind].add(entry)
             self._staged.append((hook, entry))
             if self._trace:
-                _say(f"{status.name}: + {hook.kind} {manifest.name} -> {target}")
+                _say(f"{status.name}: + {hook.kind} {entry.name} -> {target}")
 
         return register
 
@@ -239,7 +239,7 @@ def _lacking(staged: tuple[Hook, Entry[Any]]) -> str:
 def _origin(point: EntryPoint) -> tuple[str, str]:
     if point.dist is None:
         return "(unknown distribution)", "?"
-    return point.dist.name, point.dist.version
+    return point.dist.name or "(nameless distribution)", point.dist.version or "?"
 
 
 def _provides(staged: Iterable[tuple[Hook, Entry[Any]]]) -> dict[str, tuple[str, ...]]:

@@ -69,16 +69,31 @@ def check_functions(module: Any) -> list[str]:
     return found
 
 
+def read_manifest(hook: Hook, manifest: object) -> Manifest:
+    """A manifest as every process reads it: its fields have the declared types, lists have become tuples.
+
+    Raises:
+        PluginLoadError: it is of another kind, or a field has the wrong type.
+    """
+    if not isinstance(manifest, hook.manifest):
+        raise PluginLoadError(f"{hook.name} registers {manifest!r}; it must be a {hook.manifest.__name__}.")
+    try:
+        return msgspec.convert(msgspec.to_builtins(manifest), hook.manifest)
+    except (TypeError, ValueError) as error:  # msgspec: the first names the type that it cannot encode
+        raise PluginLoadError(
+            f"{hook.name} registers {manifest.name!r} with a field of the wrong type: {error}; write it as "
+            f"{hook.manifest.__name__} declares it."
+        ) from error
+
+
 def check_registration(hook: Hook, entry: Entry[Any]) -> None:
     """Refuse a registration that could never work.
 
     Raises:
-        PluginLoadError: its manifest is of another kind or for another contract version, or a field is malformed.
+        PluginLoadError: it is for another contract version, or its name, its target or a requirement is malformed.
     """
     manifest, target = entry.manifest, entry.target
-    if not isinstance(manifest, hook.manifest):
-        raise PluginLoadError(f"{hook.name} registers {manifest!r}; it must be a {hook.manifest.__name__}.")
-    if not isinstance(manifest.name, str) or not _NAME.fullmatch(manifest.name):
+    if not _NAME.fullmatch(manifest.name):
         raise PluginLoadError(
             f"{hook.name} registers the name {manifest.name!r}; use letters, digits and . _ + - only."
         )
@@ -97,10 +112,8 @@ def _version_gap(hook: Hook, entry: Entry[Any]) -> str:
     """Which versions do not meet, and which side has to move."""
     given, versions = entry.manifest.api, accepted(hook.contract)
     speaks = " and ".join(str(version) for version in versions)
-    older = isinstance(given, int) and given < versions[0]
-    change = (
-        f"Install a newer release of {entry.distribution}" if older else "Install a newer release of dovetail-core"
-    )
+    behind = entry.distribution if given < versions[0] else "dovetail-core"
+    change = f"Install a newer release of {behind}"
     return (
         f"{entry.manifest.name!r} for version {given} of the {hook.contract} contract; this core speaks version "
         f"{API_VERSIONS[hook.contract]} and accepts plugins made for {speaks}. {change}."

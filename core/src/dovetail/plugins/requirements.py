@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 
-def parse(requirement: object) -> Requirement:
+def parse(requirement: str) -> Requirement:
     """One requirement.
 
     Raises:
@@ -20,8 +20,6 @@ def parse(requirement: object) -> Requirement:
     """
     from packaging.requirements import InvalidRequirement, Requirement  # not needed where nothing is required
 
-    if not isinstance(requirement, str):
-        raise PluginLoadError(f"requires holds {requirement!r}; write each requirement as text, such as 'fancy>=2'.")
     try:
         return Requirement(requirement)
     except InvalidRequirement as error:
