@@ -75,6 +75,7 @@ def test_inputs_need_not_be_contiguous(native: Kernels, dtype: torch.dtype) -> N
     x, (ids, factors) = randn(32, 9, dtype=dtype).t(), routes(9, 4, 2)
     out = ops.moe_experts(x, *packed, ids.t().contiguous().t(), factors.double().t().contiguous().t())
     assert torch.equal(out, ops.moe_experts(x.contiguous(), *packed, ids, factors))
+    assert torch.equal(out, ops.moe_experts(x, *packed, ids.to(torch.int32), factors))
 
 
 def test_a_token_gets_the_same_bits_whoever_shares_its_experts(native: Kernels, dtype: torch.dtype) -> None:

@@ -208,7 +208,9 @@ def test_other_dtypes_and_strides(ops: OpTable, dtype: torch.dtype) -> None:
     assert torch.equal(ops.weight_only_mm(part, packed), ops.weight_only_mm(part.contiguous(), packed))
     assert torch.equal(ops.quantize_rows(part, FP8)[0].float(), ops.quantize_rows(part.contiguous(), FP8)[0].float())
     half = randn(3, 32, dtype=torch.float16)
-    assert ops.weight_only_mm(half, packed).dtype == torch.float16
+    bias = randn(60, dtype=torch.float16)[::2]
+    product = ops.weight_only_mm(half, packed, bias)
+    torch.testing.assert_close(product, reference.weight_only_mm(half, reference.weight_only_pack(weight, scale), bias))
     codes, x_scale = ops.quantize_rows(half, torch.int8)
     product = ops.scaled_mm(codes, ops.scaled_mm_pack(weight), x_scale, scale, torch.float16)
     torch.testing.assert_close(product, reference.scaled_mm(codes, weight, x_scale, scale, torch.float16))

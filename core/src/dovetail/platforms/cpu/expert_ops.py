@@ -79,7 +79,7 @@ class ExpertOps:
             return reference.moe_experts(x_TD, gate_up, down, expert_ids_TA, expert_weights_TA)
         assert x_TD.dtype is gate_up_EFD.dtype is down_EDF.dtype, (x_TD.dtype, gate_up_EFD.dtype, down_EDF.dtype)
         assert x_TD.shape[1] == gate_up_EFD.inputs == down_EDF.outputs, (x_TD.shape, gate_up_EFD, down_EDF)
-        x, ids = x_TD.contiguous(), expert_ids_TA.contiguous()
+        x, ids = x_TD.contiguous(), expert_ids_TA.to(torch.int64).contiguous()
         weights = expert_weights_TA.to(torch.float32).contiguous()
         tokens, active = ids.shape
         pairs, experts, inner = tokens * active, down_EDF.experts, down_EDF.inputs

@@ -186,10 +186,11 @@ class QuantizedOps:
         x = x if x.stride(1) == 1 else x.contiguous()
         rows = len(x)
         out = _result(rows, packed.outputs, out_dtype)
+        bias = None if bias_O is None else bias_O.to(out.dtype).contiguous()
         self._linear8(
             packed.fp8, int(out.dtype == torch.bfloat16), x.data_ptr(), x.stride(0),
             None if x_scale_TG is None else x_scale_TG.data_ptr(), packed.storage.data_ptr(), scale_GO.data_ptr(),
-            None if bias_O is None else bias_O.data_ptr(), out.data_ptr(), rows, packed.inputs, packed.outputs,
+            None if bias is None else bias.data_ptr(), out.data_ptr(), rows, packed.inputs, packed.outputs,
             packed.group,
         )  # fmt: skip
         return out.to(out_dtype)
