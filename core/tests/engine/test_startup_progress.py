@@ -22,8 +22,7 @@ def test_bars_on_a_terminal():
     assert "Warming up" in text
 
 
-def test_lines_in_a_log(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("dovetail"), "propagate", True)
+def test_lines_in_a_log(caplog):
     caplog.set_level(logging.INFO, "dovetail")
     stream = io.StringIO()
     with StartupProgress.shown(Console(file=stream)) as progress:
