@@ -44,7 +44,8 @@ class DraftRunner:
         self._tables = SlotTables(
             config.max_num_seqs, config.max_model_len, config.block_size, 1, loaded.platform.device, tables.tokens_SL
         )
-        self.forward = loaded.forward_pass(draft_groups(loaded), num_blocks, self._tables, shapes, logits_per_request=1)
+        groups = draft_groups(loaded.facts.attention)
+        self.forward = loaded.forward_pass(groups, num_blocks, self._tables, shapes, logits_per_request=1)
         self._pool = BlockPool(num_blocks)
         self._block_size = config.block_size
         self._max_tokens = config.max_num_batched_tokens

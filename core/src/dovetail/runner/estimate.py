@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from dovetail.config import EngineConfig
-from dovetail.contracts.model import ModelFacts
+from dovetail.contracts.attention import AttentionSpec
+from dovetail.contracts.executor import KVGroup
 from dovetail.contracts.platform import Platform, PlatformConfig
+from dovetail.runner.draft_memory import draft_groups
+from dovetail.runner.kv_memory import blocks_per_request, groups_of
 from dovetail.runner.load import load_selection
 from dovetail.runner.loader import weight_files
 from dovetail.runner.tensor_file import TensorFile
 
 
 class Need(NamedTuple):
-    """Bytes.
+    """Bytes, a draft model's included.
 
     Attributes:
         weights: in the activation dtype, or as stored if that is smaller.
@@ -36,13 +40,27 @@ def needed(config: EngineConfig, folder: Path) -> Need:
         DovetailError: weights or platform cannot be read.
     """
     platform: Platform = load_selection(config.platform)(PlatformConfig(num_threads=config.num_threads))
-    facts: ModelFacts = load_selection(config.model).facts(config.hf_config)
-    per_token = sum(2 * spec.num_kv_heads * spec.head_size for spec in facts.attention)
-    return Need(
-        weights=_weights(folder, getattr(torch, config.dtype)),
-        one_request=per_token * config.max_model_len * getattr(torch, config.kv_dtype).itemsize,
-        available=platform.memory().available,
-    )
+    specs = _attention(config)
+    weights = _weights(folder, getattr(torch, config.dtype))
+    one_request = _one_request(config, specs, groups_of(specs))
+    if config.draft is not None:
+        specs = _attention(config.draft)
+        weights += _weights(Path(config.draft.model_path), getattr(torch, config.dtype))
+        one_request += _one_request(config.draft, specs, draft_groups(specs))
+    return Need(weights=weights, one_request=one_request, available=platform.memory().available)
+
+
+def _attention(config: EngineConfig) -> Sequence[AttentionSpec]:
+    specs: Sequence[AttentionSpec] = load_selection(config.model).facts(config.hf_config).attention
+    return specs
+
+
+def _one_request(config: EngineConfig, specs: Sequence[AttentionSpec], groups: Sequence[KVGroup]) -> int:
+    """Of each group the pages that its window shows; all pages have the size of the largest group's."""
+    dtype: torch.dtype = getattr(torch, config.kv_dtype)
+    sizes = [2 * spec.num_kv_heads * spec.head_size * dtype.itemsize for spec in specs]
+    per_token = max(sum(sizes[layer] for layer in group.layers) for group in groups)
+    return blocks_per_request(config, groups) * config.block_size * per_token
 
 
 def _weights(folder: Path, dtype: torch.dtype) -> int:

@@ -12,7 +12,6 @@ from dovetail.contracts.executor import Executor, ExecutorInfo, Progress
 from dovetail.contracts.platform import Platform, PlatformConfig
 from dovetail.contracts.specdec import SpecConfig, SpecDecoder
 from dovetail.errors import PluginLoadError, PluginRunError
-from dovetail.kv.groups import group_layers
 from dovetail.messages import StepPlan, StepResult
 from dovetail.plugins.blame import blaming
 from dovetail.runner import kv_memory, self_check
@@ -47,7 +46,7 @@ class LocalExecutor(Executor):
         ops = self_check.checked_ops(config.platform, platform, getattr(torch, config.dtype))
         main = LoadedModel.load(config, platform, ops, progress)
         drafter = None if config.draft is None else LoadedModel.load(config.draft, platform, ops, progress)
-        groups = group_layers([(spec.window, spec.num_kv_heads, spec.head_size) for spec in main.facts.attention])
+        groups = kv_memory.groups_of(main.facts.attention)
         bytes_per_block = main.block_bytes(groups)
         beside = 0 if drafter is None else bytes_beside_block(drafter, groups)
         blocks = kv_memory.num_blocks(config, bytes_per_block + beside, groups, platform.memory().available)

@@ -8,11 +8,16 @@ from dovetail.config import EngineConfig
 from dovetail.contracts.attention import AttentionBackend, AttentionSpec, KVCache
 from dovetail.contracts.executor import KVGroup
 from dovetail.errors import ConfigError
-from dovetail.kv.groups import most_pages
+from dovetail.kv.groups import group_layers, most_pages
 
 GIB = 1 << 30
 DEFAULT_SHARE = 4
 """Without ``--kv-cache-memory`` the cache takes at most one part in this many of the free memory."""
+
+
+def groups_of(specs: Sequence[AttentionSpec]) -> tuple[KVGroup, ...]:
+    """The KV groups of a model's layers."""
+    return group_layers([(spec.window, spec.num_kv_heads, spec.head_size) for spec in specs])
 
 
 def block_bytes(specs: Sequence[AttentionSpec], groups: Sequence[KVGroup], backend: AttentionBackend) -> int:

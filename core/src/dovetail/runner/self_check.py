@@ -19,8 +19,8 @@ from dovetail.contracts.attention import AttentionBackend, AttentionSpec
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Platform, ShapePolicy
 from dovetail.errors import PluginLoadError
-from dovetail.kv.groups import group_layers
 from dovetail.ops import reference
+from dovetail.runner.kv_memory import groups_of
 from dovetail.runner.tiny_batch import TinyBatch, TinyStep
 
 WINDOW, SOFT_CAP = 8, 2.0
@@ -83,7 +83,7 @@ def check_attention(
         PluginLoadError: a result is of the wrong shape, not finite, or wrong; or pages have another size than claimed.
     """
     part = config.attention
-    groups = group_layers([(spec.window, spec.num_kv_heads, spec.head_size) for spec in specs])
+    groups = groups_of(specs)
     shapes = platform.shape_policy(config.max_num_batched_tokens, config.max_num_seqs)
     batch = TinyBatch(
         block_size=config.block_size,
