@@ -98,8 +98,8 @@ def test_dashes_and_underscores_are_the_same_in_the_file(tmp_path):
         ("seed: 1\nse-ed: 2", "unknown key 'se-ed'"),
         ("max-num-seqs: 1\nmax_num_seqs: 2", "gives max_num_seqs twice"),
         ("- a", "holds a list"),
-        ("a: [", "is not YAML"),
-        ("\x00", "is not YAML"),
+        ("a: [", "is not YAML at line 1, column 5: expected the node content, but found '<stream end>'; write"),
+        ("\x00", "is not YAML: special characters are not allowed; write"),
     ],
 )
 def test_wrong_file(text, expected, tmp_path):

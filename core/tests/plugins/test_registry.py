@@ -58,6 +58,7 @@ def test_miss_mentions_plugins_that_are_broken_or_switched_off():
             PluginStatus(name="early", state="quarantined", error="ImportError: libx", **common),
             PluginStatus(name="late", state="quarantined", error="KeyError: 1", provides={"quant": ("q8",)}, **common),
             PluginStatus(name="off", state="disabled", **common),
+            PluginStatus(name="out", state="disabled", **common),
             PluginStatus(name="fine", state="loaded", **common),
         )
     )
@@ -66,7 +67,7 @@ def test_miss_mentions_plugins_that_are_broken_or_switched_off():
     message = str(caught.value)
     assert "plugin 'early' (d 1) might provide it but failed to load: ImportError: libx" in message
     assert "plugin 'late' (d 1) would have registered q8 but failed to load: KeyError: 1" in message
-    assert "plugin 'off' (d 1) is installed but switched off" in message
+    assert "Installed but switched off, and might provide it: plugin 'off' (d 1), plugin 'out' (d 1)." in message
     assert "fine" not in message
 
 

@@ -27,7 +27,7 @@ def read(path: Path, known: Mapping[str, type]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} cannot be read: {error}.") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is not YAML: {error}.") from error
+        raise ConfigError(f"--config {path} is not YAML{_place(error)}; write `option: value` lines.") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -44,6 +44,12 @@ def read(path: Path, known: Mapping[str, type]) -> dict[str, Any]:
             raise ConfigError(f"--config {path} gives {name} twice; keep one.")
         values[name] = None if value is None else _checked(path, name, value, known[name])
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _place(error: Any) -> str:
+    """Where the parser stopped, and at what; only some of its errors know."""
+    mark = getattr(error, "problem_mark", None)
+    return f" at line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else f": {error.reason}"
 
 
 def _checked(path: Path, name: str, value: Any, kind: type) -> Any:

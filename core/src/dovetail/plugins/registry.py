@@ -272,6 +272,7 @@ def _hints(kind: str, plugins: tuple[PluginStatus, ...]) -> tuple[str, ...]:
             lost = ", ".join(plugin.provides.get(kind, ()))
             what = f"would have registered {lost}" if lost else "might provide it"
             hints.append(f"The {plugin.owner} {what} but failed to load: {plugin.failure}")
-        elif plugin.state == "disabled":
-            hints.append(f"The {plugin.owner} is installed but switched off and might provide it.")
+    off = ", ".join(plugin.owner for plugin in plugins if plugin.state == "disabled")
+    if off:
+        hints.append(f"Installed but switched off, and might provide it: {off}.")
     return tuple(hints)

@@ -68,7 +68,12 @@ class _Registered(Subject):
         registries = self.registries if self.registries is not None else installed()
         entry = registries.by_kind()[kind].get(self.name)
         selection = Selection(
-            name=entry.name, target=entry.target, distribution=entry.distribution, version=entry.version, why="tested"
+            name=entry.name,
+            target=entry.target,
+            distribution=entry.distribution,
+            version=entry.version,
+            plugin=entry.plugin,
+            why="tested",
         )
         return Tested(entry.load(), entry.manifest, selection)
 
