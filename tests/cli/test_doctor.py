@@ -380,6 +380,31 @@ def test_port_of_another_server(examine, body, expected):
     assert expected in text
 
 
+@pytest.mark.parametrize("answer", [b"SSH-2.0-server\r\n", b"HTTP/1.0 404 Not Found\r\n\r\n"])
+def test_port_of_something_else(examine, monkeypatch, answer):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        thread = threading.Thread(target=_answer_once, args=(taken, answer))
+        thread.start()
+        code, found = examine("--port", taken.getsockname()[1])
+        thread.join()
+    assert code == 1
+    assert "Something else than a Dovetail server answers there." in only(found["port"], "problem")
+
+
+def _answer_once(listener, answer):
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(1 << 16)
+        connection.sendall(answer)
+
+
+def test_host_that_no_network_knows(examine):
+    code, found = examine("--host", "a..b", "--port", "8123")
+    assert code == 1
+    assert "Cannot listen on a..b:8123: " in only(found["port"], "problem")
+
+
 def test_port_of_something_silent(examine):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -48,7 +48,7 @@ def locate(model: str, revision: str | None = None) -> Path:
     Raises:
         ConfigError: neither a checkpoint folder nor a hub model that can be had.
     """
-    path = Path(model).expanduser()
+    path = local(model)
     if model and path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(
@@ -65,6 +65,20 @@ def locate(model: str, revision: str | None = None) -> Path:
             f"There is no folder {model}, and it is no hub id (owner/name) either. Check the path."
         )
     return locate(str(_download(model, revision, _WANTED)))
+
+
+def local(name: str) -> Path:
+    """A name as a path on this machine, whether something is there or not.
+
+    Raises:
+        ConfigError: no file system could have it.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
+        raise ConfigError(f"The path {name[:200]} cannot be looked at: {error} Check it.") from error
+    return path
 
 
 def is_hub_id(model: str) -> bool:
@@ -86,7 +100,7 @@ def locate_tokenizer(tokenizer: str) -> Path:
     Raises:
         ConfigError: neither a folder nor a hub model that can be had.
     """
-    path = Path(tokenizer).expanduser()
+    path = local(tokenizer)
     if tokenizer and path.is_dir():
         return path
     if not _HUB_ID.fullmatch(tokenizer):
@@ -103,7 +117,10 @@ def demo(location: str) -> Path:
         ConfigError: the package does not hold it.
     """
     package, _, folder = location.partition(":")
-    path = Path(str(files(package))) / folder
+    try:
+        path = Path(str(files(package))) / folder
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"The demo model {location} cannot be had, since its package cannot: {error}.") from error
     if not (path / "config.json").is_file():
         raise ConfigError(
             f"The demo model {location} is missing from its package (looked in {path}); reinstall it."
@@ -118,6 +135,20 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigError: it is missing or not a JSON object.
     """
     return read_object(path / "config.json")
+
+
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """The model classes that a config.json names.
+
+    Raises:
+        ConfigError: it names none, or something else than a list of names stands there.
+    """
+    names = config.get("architectures")
+    if not names:
+        raise ConfigError("config.json names no architectures; add the model class's name to it.")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"architectures in config.json is {names!r}; it must be a list of names.")
+    return names
 
 
 def eos_token_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:

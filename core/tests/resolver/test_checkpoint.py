@@ -41,6 +41,13 @@ def test_neither_folder_nor_hub_id(name):
         checkpoint.locate(name)
 
 
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/model", "a" * 5000])
+@pytest.mark.parametrize("locate", [checkpoint.locate, checkpoint.locate_tokenizer])
+def test_path_that_cannot_be(locate, name):
+    with pytest.raises(ConfigError, match=r"The path .* cannot be looked at"):
+        locate(name)
+
+
 def test_hub_id_is_downloaded(folder, monkeypatch):
     import huggingface_hub
 
@@ -126,6 +133,13 @@ def test_demo_of_highest_priority_when_no_model_is_named(tmp_path, monkeypatch):
         ("b", "demopackage:large", 1),
     )
     assert checkpoint.select(EngineOptions(), registries) == (package / "large", "large")
+
+
+@pytest.mark.parametrize("demo", ["no_such_package:folder", ":folder"])
+def test_demo_whose_package_is_not_there(tmp_path, monkeypatch, demo):
+    registries, _ = demo_registries(tmp_path, monkeypatch, ("a", demo, 0))
+    with pytest.raises(ConfigError, match=f"The demo model {demo} cannot be had"):
+        checkpoint.select(EngineOptions(), registries)
 
 
 def test_named_model_comes_before_the_demo(folder):

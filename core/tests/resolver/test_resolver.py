@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import sys
+import time
 
 import msgspec
 import pytest
@@ -52,6 +54,14 @@ Quant = concrete(QuantMethod, recognises=classmethod(lambda cls, config: config.
 NotAModel = object
 
 
+class FragileQuant(Quant):
+    @classmethod
+    def recognises(cls, config):
+        if config["bits"] is None:
+            raise ConfigError("no bits are unheard of.")
+        return sys.exit(4) if config["bits"] == "exit" else config["bits"] < 5
+
+
 class RaisingProbe(Chip):
     @classmethod
     def probe(cls):
@@ -62,6 +72,18 @@ class Raising(Chip):
     @classmethod
     def default_dtype(cls, checkpoint_dtype):
         raise RuntimeError("device is lost")
+
+
+class ExitingProbe(Chip):
+    @classmethod
+    def probe(cls):
+        raise SystemExit("no licence")
+
+
+class SilentProbe(Chip):
+    @classmethod
+    def probe(cls):
+        return None
 
 
 class Refusing(Chip):
@@ -91,6 +113,8 @@ def facts(hf_config):
 
 
 Toy = concrete(Model, facts=classmethod(lambda cls, hf_config: facts(hf_config)))
+ToyWithoutFacts = concrete(Model, facts=classmethod(lambda cls, hf_config: None))
+ExitingToy = concrete(Model, facts=classmethod(lambda cls, hf_config: sys.exit(3)))
 
 PLATFORM = PlatformManifest(
     name="chip",
@@ -259,9 +283,17 @@ def test_unknown_names_are_all_reported_with_the_nearest(make, registries):
         assert sum(f"Did you mean '{near}'?" in text for text in found) == 1
 
 
-def test_probe_that_raises_is_a_reason(make, registries):
-    change(registries.platforms, "chip", target="RaisingProbe")
-    assert "its probe raised OSError: driver 1.2 is too old" in reason(make(), registries)
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("RaisingProbe", "OSError: driver 1.2 is too old"),
+        ("ExitingProbe", "SystemExit: no licence"),
+        ("SilentProbe", "AttributeError: 'NoneType'"),
+    ],
+)
+def test_probe_that_raises_is_a_reason(make, registries, target, expected):
+    change(registries.platforms, "chip", target=target)
+    assert f"its probe raised {expected}" in reason(make(), registries)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +361,19 @@ def test_unknown_architecture_mentions_broken_plugins(make, registries):
 
 def test_config_without_architectures(make, registries):
     assert "names no architectures" in reason(make({"architectures": None}), registries)
+
+
+@pytest.mark.parametrize("names", ["ToyForCausalLM", 5, [1], {"a": 1}])
+def test_architectures_of_a_wrong_type(make, registries, names):
+    text = reason(make({"architectures": names}), registries)
+    assert text == f"architectures in config.json is {names!r}; it must be a list of names."
+
+
+@pytest.mark.parametrize("target", ["ToyWithoutFacts", "ExitingToy"])
+def test_family_that_answers_no_facts(make, registries, target):
+    change(registries.models, "toy", target=target)
+    expected = {"ToyWithoutFacts": "TypeError: its facts are None, not ModelFacts", "ExitingToy": "SystemExit: 3"}
+    assert f"cannot read config.json: {expected[target]}" in reason(make(), registries)
 
 
 def test_family_that_refuses_the_checkpoint(make, registries):
@@ -450,6 +495,20 @@ def test_method_that_does_not_recognise_the_section(make, registries):
     text = reason(make({"quantization_config": {"quant_method": "int4", "bits": 3}}), registries)
     who = "quantization method 'four' of plugin 'fake' (dist-fake 1.0)"
     assert f"{who}: does not recognise the checkpoint's quantization_config" in text
+
+
+@pytest.mark.parametrize(("bits", "expected"), [([], "TypeError: "), ("exit", "SystemExit: 4"), (None, "unheard of.")])
+def test_method_that_cannot_read_the_section(make, registries, bits, expected):
+    change(registries.quant, "four", target="FragileQuant")
+    text = reason(make({"quantization_config": {"quant_method": "int4", "bits": bits}}), registries)
+    assert text.startswith("quantization method 'four' of plugin 'fake' (dist-fake 1.0): ")
+    assert expected in text
+
+
+@pytest.mark.parametrize("section", ["int4", ["int4"], 4])
+def test_section_of_a_wrong_type(make, registries, section):
+    text = reason(make({"quantization_config": section}), registries)
+    assert text == f"config.json has quantization_config {section!r}; it must be an object with a quant_method."
 
 
 def test_two_methods_for_one_checkpoint(make, registries):
@@ -577,6 +636,14 @@ def test_draft_model_needs_the_same_tokenizer(make, registries, draft, tmp_path)
     other = {"model": {"vocab": {"a": 0, "b": 3}}, "added_tokens": ours["added_tokens"]}
     text = reason(make(speculative_config=draft(folder="other", tokenizer=other)), registries)
     assert "gives token 'b' the id 3, and the model's 1, so drafts would mean other text" in text
+
+
+@pytest.mark.parametrize("content", [{"model": None}, {"model": {"vocab": 5}}, {"added_tokens": [{"content": "a"}]}])
+def test_draft_model_with_a_tokenizer_that_makes_no_sense(make, registries, draft, tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    text = reason(make(speculative_config=draft(tokenizer=content)), registries)
+    assert "its tokenizer cannot be compared with the model's: " in text
+    assert text.endswith('choose another "model" in --speculative-config.')
 
 
 def test_broken_speculator(make, registries):
@@ -759,6 +826,15 @@ def test_platform_is_probed_once_however_long_the_search(make, registries, monke
     explanation = explain(make(attention="nope", block_size=48, dtype="float16", max_model_len=999), registries)
     assert explanation.tried > 20
     assert len(probes) == 2, "once for auto, and once by name"
+
+
+def test_search_among_thousands_of_names_ends(make, registries):
+    for count in range(3000):
+        put(registries.attention, dataclasses.replace(PLAIN, name=f"plain-{count}"), "Attention")
+    begin = time.perf_counter()
+    explanation = explain(make(attention="nope", max_model_len=999, quantization="none", dtype="float16"), registries)
+    assert explanation.nearest is not None
+    assert time.perf_counter() - begin < 10
 
 
 # --allow-fallback

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import SequenceMatcher
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from dovetail.options import EngineOptions
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def values(name: str, options: EngineOptions, registries: Registries, facts: ModelFacts | None) -> list[Any]:
-    """Other values of one option than the one that ``options`` has."""
+    """Other values of one option than the one that ``options`` has; the likeliest, if there are very many."""
     current = getattr(options, name)
-    return list(_unique(value for value in OPTIONS[name](options, registries, facts) if value != current))
+    others = _unique(value for value in OPTIONS[name](options, registries, facts) if value != current)
+    return list(islice(others, MOST))
 
 
 def _attention(options: EngineOptions, registries: Registries, facts: ModelFacts | None) -> Iterable[str]:
@@ -98,6 +100,8 @@ def _chunked(options: EngineOptions, registries: Registries, facts: ModelFacts |
     return [True]
 
 
+MOST = 30
+"""Values of one option that are looked at. Combinations of them are tried, so that thousands would never end."""
 _SIMILAR = 0.6
 """Likeness from which on one name may be meant by the other; as for the hints of messages."""
 

@@ -15,6 +15,7 @@ from dovetail.errors import ConfigError
 from dovetail.options import EngineOptions
 from dovetail.plugins.manifest import AttentionManifest, ModelManifest, PlatformManifest, QuantManifest
 from dovetail.plugins.registry import Entry, Registries
+from dovetail.plugins.remedy import one_line
 from dovetail.resolution import attention, model, quantization
 from dovetail.resolution.decision import Decision
 
@@ -136,7 +137,10 @@ def _tokenizer_gap(path: Path, target: Path) -> str:
     files = path / TOKENIZER, target / TOKENIZER
     if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
         return ""
-    own, others = map(_vocabulary, files)
+    try:
+        own, others = map(_vocabulary, files)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # not what a tokenizer.json looks like
+        return f"its tokenizer cannot be compared with the model's: {one_line(error)} {_OTHER}."
     for token in sorted(own.keys() | others.keys()):
         if own.get(token) != others.get(token):
             return (

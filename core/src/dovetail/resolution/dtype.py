@@ -70,7 +70,7 @@ def _default(
         dtype = str(chip.loaded.default_dtype(facts.dtype)).removeprefix("torch.")
     except DovetailError as error:
         return None, [str(error)]
-    except Exception as error:  # noqa: BLE001  the plugin's failure, and the reason to refuse
+    except (Exception, SystemExit) as error:  # noqa: BLE001  the plugin's failure, and the reason to refuse
         return None, [f"{owner} names no default dtype: {type(error).__name__}: {error}; set --dtype."]
     if dtype not in supported:
         return None, [

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dovetail.errors import DovetailError
+from dovetail import checkpoint
+from dovetail.errors import ConfigError, DovetailError
 from dovetail.plugins.manifest import ModelManifest, PlatformManifest
 from dovetail.plugins.registry import Entry, Registries, Registry, nearest
 from dovetail.resolution import needs
@@ -21,9 +22,10 @@ def decide(
     """The family that serves the checkpoint's architecture; a platform's own version goes by priority."""
     decision: Decision[ModelManifest] = Decision(part="model")
     facts = None
-    architectures = hf_config.get("architectures") or []
-    if not architectures:
-        decision.obstacles.append("config.json names no architectures; add the model class's name to it.")
+    try:
+        architectures = checkpoint.architectures(hf_config)
+    except ConfigError as error:
+        decision.obstacles.append(str(error))
         return decision, None
     serving = [entry for entry in registries.models if set(entry.manifest.architectures) & set(architectures)]
     if not serving:
@@ -42,10 +44,10 @@ def decide(
         if cls is None:
             continue
         try:
-            facts = cls.facts(hf_config)
+            facts = _facts(cls, hf_config)
         except DovetailError as error:
             decision.reject(entry, str(error))
-        except Exception as error:  # noqa: BLE001  the family cannot read this config
+        except (Exception, SystemExit) as error:  # noqa: BLE001  the family cannot read this config
             decision.reject(entry, f"cannot read config.json: {type(error).__name__}: {error}")
         else:
             decision.take(entry, cls, f"serves {', '.join(architectures)}")
@@ -57,6 +59,15 @@ def decide(
             f"{', '.join(needs.unknown(facts.needs))}, which this core does not know; install matching releases."
         )
     return decision, facts
+
+
+def _facts(cls: Any, hf_config: Mapping[str, Any]) -> ModelFacts:
+    from dovetail.contracts.model import ModelFacts
+
+    facts = cls.facts(hf_config)
+    if not isinstance(facts, ModelFacts):
+        raise TypeError(f"its facts are {facts!r}, not ModelFacts")
+    return facts
 
 
 def _unknown_architecture(architectures: Sequence[str], models: Registry[ModelManifest]) -> str:

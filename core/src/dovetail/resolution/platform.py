@@ -44,6 +44,6 @@ def _probe(cls: Any) -> str:
     """Why the platform is not available; empty if it is."""
     try:
         probe = cls.probe()
-    except Exception as error:  # noqa: BLE001  a probe that raises is a platform that cannot be used
+        return "" if probe.available else probe.reason or "its probe gave no reason"
+    except (Exception, SystemExit) as error:  # noqa: BLE001  a probe that raises is a platform that cannot be used
         return f"its probe raised {type(error).__name__}: {error}"
-    return "" if probe.available else probe.reason or "its probe gave no reason"

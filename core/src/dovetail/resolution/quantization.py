@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dovetail.errors import DovetailError
 from dovetail.options import EngineOptions
 from dovetail.plugins.manifest import PlatformManifest, QuantManifest
 from dovetail.plugins.registry import Entry, Registries
+from dovetail.plugins.remedy import one_line
 from dovetail.resolution import needs
 from dovetail.resolution.decision import Decision, either, load, misplaced, named
 
@@ -29,7 +31,10 @@ def decide(
     """The method that reads the checkpoint's weights, or quantizes plain ones on load."""
     decision: Decision[QuantManifest] = Decision(part="quantization")
     section = hf_config.get("quantization_config")
-    method = section.get("quant_method") if isinstance(section, Mapping) else section
+    if section is not None and not isinstance(section, Mapping):
+        decision.obstacles.append(f"config.json has {_brief(section)}; it must be an object with a quant_method.")
+        return decision
+    method = None if section is None else section.get("quant_method")
     if options.quantization is not None:
         why = "asked for with --quantization"
         candidates = named(registries.quant, options.quantization, decision)
@@ -59,8 +64,9 @@ def decide(
         cls = load(entry, "dovetail.contracts.quant:QuantMethod", decision)
         if cls is None:
             continue
-        if section is not None and not cls.recognises(section):
-            decision.reject(entry, f"does not recognise the checkpoint's {_brief(section)}.")
+        refusal = "" if section is None else _refusal(cls, section)
+        if refusal:
+            decision.reject(entry, refusal)
         else:
             decision.take(entry, cls, why)
     if decision.entry is None:
@@ -95,6 +101,16 @@ def _setting_gaps(
     unknown = sorted(manifest.ops - OpTable.names())
     if unknown:
         yield f"needs operations that this core lacks: {', '.join(unknown)}; install matching releases."
+
+
+def _refusal(cls: Any, section: Mapping[str, Any]) -> str:
+    """Why a method does not read the checkpoint's section, by its own account; empty if it does."""
+    try:
+        return "" if cls.recognises(section) else f"does not recognise the checkpoint's {_brief(section)}."
+    except DovetailError as error:
+        return str(error)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  the method cannot read this section
+        return f"cannot read the checkpoint's {_brief(section)}: {one_line(error)}"
 
 
 def _brief(section: Any) -> str:

@@ -15,10 +15,9 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         return _bound(host, port)
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another --host or --port."
-        ) from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name that a network knows
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"Cannot listen on {host}:{port}: {reason}. Choose another --host or --port.") from error
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from urllib.error import URLError
-from urllib.request import urlopen
+from http.client import HTTPException
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, build_opener
 
 from dovetail.cli.doctor.finding import Finding, ok, problem, warning, with_torch
 from dovetail.cli.doctor.subject import Subject
@@ -68,12 +69,14 @@ def port(subject: Subject) -> Iterator[Finding]:
 
 def _who(host: str, port: int) -> str:
     """Who answers there, in words."""
-    address = f"[{host}]" if ":" in host else host
+    address = f"[{host}]" if ":" in host else host or "localhost"
+    directly = build_opener(ProxyHandler({}))
     try:
-        with urlopen(f"http://{address}:{port}/version", timeout=ANSWER_SECONDS) as answer:  # an http address
+        with directly.open(f"http://{address}:{port}/version", timeout=ANSWER_SECONDS) as answer:
             version = json.loads(answer.read(1 << 16))["version"]
-    except (URLError, OSError):
-        return "Nobody answers there over HTTP."
-    except (ValueError, KeyError, TypeError):
+    except (HTTPError, HTTPException, ValueError, KeyError, TypeError):
         return "Something else than a Dovetail server answers there."
-    return f"A Dovetail server {version} answers there."
+    except OSError:
+        return "Nobody answers there over HTTP."
+    else:
+        return f"A Dovetail server {version} answers there."

@@ -23,14 +23,13 @@ def config(subject: Subject) -> Iterator[Finding]:
         return
     described = checkpoint.read_config(subject.folder)
     checkpoint.eos_token_ids(subject.folder, described)
-    named = described.get("architectures") or []
+    named = checkpoint.architectures(described)
     served = {name for entry in subject.registries.models for name in entry.manifest.architectures}
     if set(named) & served:
         yield ok(f"{subject.folder}: {', '.join(named)}")
     else:
-        what = ", ".join(named) or "model without architectures"
         yield problem(
-            f"{subject.folder} is a {what}, which no installed plugin serves",
+            f"{subject.folder} is a {', '.join(named)}, which no installed plugin serves",
             "Install the distribution that brings the family; `dovetail plugins` lists what is installed.",
         )
 

@@ -64,7 +64,7 @@ class Subject:
         if self.registries is None:
             return None
         model = self.engine.model
-        if model is not None and checkpoint.is_hub_id(model) and not Path(model).expanduser().exists():
+        if model is not None and checkpoint.is_hub_id(model) and not checkpoint.local(model).exists():
             return checkpoint.in_cache(model, self.engine.revision)
         return checkpoint.select(self.engine, self.registries)[0]
 
