@@ -313,6 +313,15 @@ class ExpectsWholeLayers(InTorch):
         return super().prepare(tensors, ops, dtype)
 
 
+class CountsOnEveryExpert(InTorch):
+    """quant.17"""
+
+    def apply_experts(self, x_NI, packed, starts_E1, ops):
+        starts = starts_E1.tolist()
+        assert len(set(starts)) == len(starts), "an expert has no tokens"
+        return super().apply_experts(x_NI, packed, starts_E1, ops)
+
+
 BROKEN = [*InTorch.__subclasses__(), ReadsPackedWeights]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dovetail.contracts.model import Model, ModelContext, ModelFacts, Rename, St
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.quant import PackedLinear, QuantMethod, TensorSpec
 from dovetail.errors import ModelLoadError
+from dovetail.layers.experts import Experts
 from dovetail.layers.linear import Unquantized
 from dovetail.layers.mlp import RoutedMLP
 from dovetail.layers.router import Router
@@ -164,6 +165,40 @@ def test_a_number_format_runs_once_per_expert_that_has_tokens(tmp_path: Path) ->
         rows.clear()
         model.mlp.forward(torch.randn(1, D))
         assert rows == [1] * 2 * ACTIVE
+
+
+class Together(Halved):
+    """Multiplies the rows of all experts in one operation."""
+
+    def prepare_experts(
+        self, experts: Iterable[Mapping[str, Tensor]], ops: OpTable, dtype: torch.dtype
+    ) -> PackedLinear:
+        return torch.stack([self.prepare(tensors, ops, dtype) for tensors in experts])
+
+    def apply_experts(self, x_NI: Tensor, packed: PackedLinear, starts_E1: Tensor, ops: OpTable) -> Tensor:
+        rows_N = torch.arange(len(x_NI), device=x_NI.device)
+        expert_N = torch.searchsorted(starts_E1, rows_N, right=True) - 1
+        return torch.einsum("ni,noi->no", x_NI, packed[expert_N])
+
+
+def test_a_number_format_may_multiply_all_experts_at_once(tmp_path: Path) -> None:
+    model = loaded(tmp_path, Mixture(Together()), stored(halved=True))
+    x = torch.randn(40, D, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        torch.testing.assert_close(model.mlp.forward(x).double(), expected(x, True), rtol=1e-5, atol=1e-5)
+        assert model.mlp.forward(x[:0]).shape == (0, D)
+
+
+def test_then_nothing_waits_for_the_device() -> None:
+    """Tensors without values cannot be read."""
+    context = ModelContext(
+        ops=OpTable(), dtype=torch.float32, device=torch.device("meta"), quant=Together(), max_model_len=1
+    )
+    experts = Experts(context, "mlp.experts", E, D, F)
+    for block in (experts.gate_up, experts.down):
+        block.accept({suffix: torch.empty(spec.shape, device="meta") for suffix, spec in block.specs.items()})
+    x, ids, weights = (torch.empty(7, size, device="meta") for size in (D, ACTIVE, ACTIVE))
+    assert experts.forward(x, ids.long(), weights).shape == (7, D)
 
 
 def test_missing_experts_are_named_as_the_checkpoint_names_them(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from dovetail.contracts.ops import OpTable
 
 PackedLinear = Any
-"""One layer's weights in final form; only the method that prepared it reads it."""
+"""One layer's weights in final form, or those of all experts; only the method that prepared it reads it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,3 +99,30 @@ class QuantMethod(ABC):
         Phase: step. Order: 1. Times: per linear layer. May raise: nothing.
         """
         ...
+
+    def prepare_experts(
+        self, experts: Iterable[Mapping[str, Tensor]], ops: OpTable, dtype: torch.dtype
+    ) -> PackedLinear:
+        """Bring one projection of a mixture's experts into final form: in the place of ``prepare``, which by default is
+        called for each.
+
+        Args:
+            experts: each one's loaded tensors, in order; an expert is as tall as its merged parts together.
+        """
+        return [self.prepare(tensors, ops, dtype) for tensors in experts]
+
+    def apply_experts(self, x_NI: Tensor, packed: PackedLinear, starts_E1: Tensor, ops: OpTable) -> Tensor:
+        """Products ``[N, O]`` of rows that are sorted by expert, each with its own expert.
+
+        The default calls ``apply`` once per expert that has rows, for which it waits until the device says how many. A
+        format with an operation over all experts overrides this and ``prepare_experts``; where a platform's steps may
+        not wait, or have static shapes, it must.
+
+        Args:
+            packed: from ``prepare_experts``.
+            starts_E1: int64 ``[E + 1]`` on the device: expert e has the rows ``starts[e] : starts[e + 1]``.
+        """
+        starts = starts_E1.tolist()
+        spans = [span for span in zip(packed, starts[:-1], starts[1:], strict=True) if span[1] < span[2]]
+        spans = spans or [(packed[0], 0, 0)]
+        return torch.cat([self.apply(x_NI[start:end], own, None, ops) for own, start, end in spans])

@@ -48,17 +48,19 @@ class ExpertsLinear(Block):
         self._quant = quant
         self._ops = context.ops
         self._dtype = context.dtype
-        self._experts: list[PackedLinear] = []
+        self._packed: PackedLinear = None
 
     def accept(self, tensors: Mapping[str, Tensor]) -> None:
-        """Pack the weights: plain ones together, others expert by expert."""
+        """Pack the weights: plain ones for the platform's operation, others in their format's way."""
         if is_plain(self._quant):
             weight_OI = tensors["weight"]
             self.stacked = self._ops.experts_pack(weight_OI.view(self._num_experts, -1, weight_OI.shape[1]))
             return
-        for expert in range(self._num_experts):
-            own = {suffix: self._part(expert, suffix, tensor) for suffix, tensor in tensors.items()}
-            self._experts.append(self._quant.prepare(own, self._ops, self._dtype))
+        experts = (
+            {suffix: self._part(expert, suffix, tensor) for suffix, tensor in tensors.items()}
+            for expert in range(self._num_experts)
+        )
+        self._packed = self._quant.prepare_experts(experts, self._ops, self._dtype)
 
     def _part(self, expert: int, suffix: str, tensor: Tensor) -> Tensor:
         """One expert's part of a tensor that all experts' outputs lie in side by side."""
@@ -68,9 +70,9 @@ class ExpertsLinear(Block):
         size = tensor.shape[dim] // self._num_experts
         return tensor.narrow(dim, expert * size, size).contiguous()
 
-    def apply_expert(self, expert: int, x_NI: Tensor) -> Tensor:
-        """One expert's product ``[N, O]``, unless the weights are plain."""
-        return self._quant.apply(x_NI, self._experts[expert], None, self._ops)
+    def products(self, x_NI: Tensor, starts_E1: Tensor) -> Tensor:
+        """``[N, O]`` of rows sorted by expert, unless the weights are plain; see ``QuantMethod.apply_experts``."""
+        return self._quant.apply_experts(x_NI, self._packed, starts_E1, self._ops)
 
 
 class Experts(nn.Module):
@@ -100,18 +102,11 @@ class Experts(nn.Module):
         return self._grouped(x_TD, ids_TA, weights_TA)
 
     def _grouped(self, x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
-        """Sort the pairs by expert, run each expert once on its rows, and sum in the order of each token's choices."""
-        order_N = ids_TA.flatten().argsort(stable=True)
-        counts = ids_TA.flatten().bincount(minlength=self._num_experts).tolist()
-        x_ND = x_TD[order_N // ids_TA.shape[1]]
-        y_ND = torch.empty_like(x_ND)
-        start = 0
-        for expert, count in enumerate(counts):
-            if count:
-                rows = slice(start, start + count)
-                inner_NF = self._ops.silu_and_mul(self.gate_up.apply_expert(expert, x_ND[rows]))
-                y_ND[rows] = self.down.apply_expert(expert, inner_NF)
-            start += count
+        """Sort the pairs by expert, multiply, and sum in the order of each token's choices."""
+        ids_N, order_N = ids_TA.flatten().sort(stable=True)
+        starts_E1 = torch.searchsorted(ids_N, torch.arange(self._num_experts + 1, device=ids_N.device))
+        inner_NF = self._ops.silu_and_mul(self.gate_up.products(x_TD[order_N // ids_TA.shape[1]], starts_E1))
+        y_ND = self.down.products(inner_NF, starts_E1)
         y_TAD = torch.empty_like(y_ND).index_copy_(0, order_N, y_ND).view(*ids_TA.shape, x_TD.shape[1])
         out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for choice in range(ids_TA.shape[1]):

@@ -272,8 +272,8 @@ class QuantSuite(Suite):
 
     @needs("experts")
     def test_experts(self, section: Section, tmp_path: Path) -> None:
-        """quant.17: the stacked experts of a sparse model, each prepared on its own, give the exact mixture up to the
-        format's error.
+        """quant.17: the stacked experts of a sparse model give the exact mixture up to the format's error, also where
+        some or all of them have no tokens.
         """
         if section is not None:
             self.lacks("experts in checkpoints")
@@ -286,9 +286,14 @@ class QuantSuite(Suite):
         mix = torch.linspace(0.2, 0.8, 12).view(6, 2)
         stacked = [weights["gate_up"].double().view(3, 64, 64), weights["down"].double().view(3, 64, 32)]
         expected = reference.moe_experts(x.double(), stacked[0], stacked[1], ids, mix.double())
-        with torch.inference_mode():
-            got = experts(x, ids, mix)
-        self._accurate(got, expected, "mixture of experts", layers=3)
+        for tokens in ([0, 1, 2, 3, 4, 5], [0, 3, 4], [2, 5], []):
+            with torch.inference_mode():
+                got = experts(x[tokens], ids[tokens], mix[tokens])
+            what = f"mixture for {len(tokens)} tokens, which chose {ids[tokens].tolist()} of 3 experts"
+            form = tuple(got.shape), got.dtype
+            self.equal(form, ((len(tokens), 64), torch.float32), f"shape and dtype of the {what}")
+            if tokens:
+                self._accurate(got, expected[tokens], what, layers=3)
 
     # ---- helpers
 
@@ -365,7 +370,11 @@ class QuantSuite(Suite):
         error = float((got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
         bound = self.manifest.error if self.error is None else self.error
         allowed = layers * (bound + TOLERANCE[dtype])
-        self.check(error <= allowed, f"{what}: the relative error is {error:.4g}, and {allowed:.4g} is allowed.")
+        source = "the manifest's" if self.error is None else "the test class's"
+        self.check(
+            error <= allowed,
+            f"{what}: the relative error is {error:.4g}, and {allowed:.4g} is allowed, by {source} error {bound:g}.",
+        )
 
     def _accepts_or_names(self, section: dict[str, Any], field: str) -> None:
         __tracebackhide__ = True
