@@ -96,7 +96,8 @@ class AttentionBackend(ABC):
     def allocate(self, spec: AttentionSpec, num_blocks: int) -> KVCache:
         """One layer's cache of ``num_blocks`` blocks. Memory need not be touched before use.
 
-        Phase: load. Order: 2. Times: for the start-up checks, then per layer of the largest group. May raise: ConfigError.
+        Phase: load. Order: 2. Times: for the start-up checks, then per layer of the largest group.
+        May raise: ConfigError.
         """
         ...
 
