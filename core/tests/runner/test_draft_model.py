@@ -11,6 +11,7 @@ from dovetail.contracts.executor import KVGroup
 from dovetail.contracts.platform import ExactShapes
 from dovetail.contracts.specdec import SpecState
 from dovetail.errors import ConfigError
+from dovetail.messages import NULL_BLOCK
 from dovetail.runner import kv_memory
 from dovetail.runner.draft_memory import bytes_beside_block, draft_blocks
 from dovetail.runner.draft_model import DraftRunner
@@ -24,16 +25,18 @@ CONFIG = engine_config(
 
 
 class NotingPass:
-    """Logits are zeros; what was asked for is kept: per step, slot -> (first position, tokens)."""
+    """Logits are zeros; kept are, per step, slot -> (first position, tokens); and the pages in use."""
 
     def __init__(self, tables):
         self.tables = tables
         self.steps = []
+        self.pages = {}
 
     def run(self, plan):
         tokens = self.tables.tokens_SL
         step = zip(plan.slots, plan.num_computed, plan.num_scheduled, strict=True)
         self.steps.append({slot: (start, tokens[slot, start : start + count].tolist()) for slot, start, count in step})
+        self.pages = {slot: int((self.tables.block_tables[0][slot] != NULL_BLOCK).sum()) for slot in plan.slots}
         rows = StepRows.of(plan)
         return rows, torch.empty(0), torch.zeros(len(rows.logits_rows_S), 5)
 
@@ -118,6 +121,7 @@ def test_requests_without_room_are_passed_over_until_others_leave(tables):
     draft.release([0])
     assert draft.catch_up(state_of(tables, {0: [7, 7]}))[0] == [0]
     assert steps.pop() == {0: (0, [7, 7])}, "nothing is left of the request before"
+    assert draft.forward.pages == {0: 1}
 
 
 def test_requests_that_may_not_be_drafted_for_are_left_alone(tables):

@@ -11,7 +11,7 @@ from torch import Tensor
 from dovetail.contracts.platform import ShapePolicy
 from dovetail.contracts.specdec import SpecState
 from dovetail.kv.pool import BlockPool
-from dovetail.messages import StepPlan
+from dovetail.messages import NULL_BLOCK, StepPlan
 from dovetail.runner.draft_memory import draft_groups
 from dovetail.runner.loaded_model import LoadedModel
 from dovetail.runner.slots import SlotTables
@@ -103,6 +103,7 @@ class DraftRunner:
         for slot in slots:
             self._pool.free(reversed(self._blocks[slot]))
             self._blocks[slot] = []
+            self._tables.block_tables[0][slot] = NULL_BLOCK
         self._stored_S[slots] = 0
         self._drafted_S[slots] = 0
 
