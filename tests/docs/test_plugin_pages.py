@@ -24,6 +24,8 @@ from dovetail.contracts.model import Model
 from dovetail.contracts.platform import Platform
 from dovetail.contracts.quant import QuantMethod
 from dovetail.contracts.specdec import SpecDecoder
+from dovetail.ops import reference
+from dovetail.ops.sampling import SamplingTensors
 from dovetail.plugins.host import PluginHost
 
 CONTRACTS = {
@@ -132,6 +134,20 @@ def test_specdec(installed):
     echoed, echoed_steps = greedy([PROMPT], 96, speculative_config=config)
     assert echoed == plain
     assert echoed_steps < plain_steps
+
+
+def test_coupled_drafts_are_what_is_sampled(read_page):
+    """By a drafter with the model's own logits."""
+    snippet = {}
+    (code,) = read_page("docs/plugins/specdec.md").blocks("python")
+    exec(code, snippet)
+    requests = torch.arange(60)
+    logits, temperature = torch.randn(60, 40, generator=torch.Generator().manual_seed(0)), (requests % 3) * 0.5
+    params = SamplingTensors(
+        temperature_S=temperature, top_k_S=torch.zeros(60, dtype=torch.int64), top_p_S=torch.ones(60),
+        min_p_S=torch.zeros(60), seeds_S=requests, positions_S=requests * 7, all_greedy=False, any_filter=False,
+    )  # fmt: skip
+    assert torch.equal(snippet["draft"](logits, temperature, requests, requests * 7), reference.sample(logits, params))
 
 
 def test_executor(read_page, tmp_path, capsys):
