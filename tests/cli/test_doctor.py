@@ -349,6 +349,16 @@ def test_too_little_memory(examine, monkeypatch):
     assert "0.00 GiB are available Lower --max-model-len" in only(found["memory"], "problem")
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [("0.0001", "less than a request needs Raise it"), ("100000", "asks for more Lower it")],
+)
+def test_cache_of_another_size(examine, asked, expected):
+    code, found = examine("--kv-cache-memory", asked)
+    assert code == 1
+    assert expected in only(found["memory"], "problem")
+
+
 class Answer(BaseHTTPRequestHandler):
     body = b"hello"
 

@@ -207,7 +207,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
         details = str(error).strip().splitlines() or ["no details"]
         raise ConfigError(
             f"There is no folder {model}, and the hub model {wanted} cannot be had: "
-            f"{type(error).__name__}: {details[0]} "
+            f"{type(error).__name__}: {details[0].rstrip('. ')}. "
             "Check the name, the network, and HF_TOKEN for gated models; or name a local folder."
         ) from error
     return Path(folder)

@@ -70,7 +70,7 @@ def test_hub_failure_names_the_model_and_the_cause(monkeypatch):
         raise OSError("404 Client Error\nmore")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    expected = r"hub model owner/model \(revision v1\) cannot be had: OSError: 404 Client Error Check the name"
+    expected = r"hub model owner/model \(revision v1\) cannot be had: OSError: 404 Client Error\. Check the name"
     with pytest.raises(ConfigError, match=expected):
         checkpoint.locate("owner/model", "v1")
 

@@ -48,8 +48,13 @@ def memory(subject: Subject) -> Iterator[Finding]:
         f"about {need.weights / GIB:.2f} GiB of weights and {need.one_request / GIB:.2f} GiB of KV cache for one "
         f"request of {explanation.config.max_model_len} tokens; {need.available / GIB:.2f} GiB are available"
     )
-    if need.weights + need.one_request <= need.available:
+    cache = explanation.config.kv_cache_memory
+    if cache is not None and cache < need.one_request:
+        yield problem(f"{text}; --kv-cache-memory is less than a request needs", "Raise it, or lower --max-model-len.")
+    elif need.weights + (cache or need.one_request) <= need.available:
         yield ok(text)
+    elif cache is not None and need.weights + need.one_request <= need.available:
+        yield problem(f"{text}, and --kv-cache-memory asks for more", "Lower it, or free memory.")
     else:
         yield problem(text, "Lower --max-model-len, quantize the weights (--quantization), or free memory.")
 
