@@ -107,6 +107,23 @@ def test_static_activations(tmp_path, input_scales, native):
     check(run(x), torch.cat(parts, dim=1) + bias.double())
 
 
+def test_scales_as_transformers_names_them(tmp_path):
+    inputs, outputs = 100, (40, 24, 130)
+    stored = [
+        {"weight": codes(o, inputs, i), "weight_scale": scales(seed=i), "input_scale": torch.tensor(0.01)}
+        for i, o in enumerate(outputs)
+    ]
+    names = {"weight": "weight", "weight_scale": "weight_scale_inv", "input_scale": "activation_scale"}
+    spelt = [{names[suffix]: tensor for suffix, tensor in part.items()} for part in stored]
+    x = torch.randn(9, inputs, generator=torch.Generator().manual_seed(5))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    expected = layer(tmp_path / "one", STATIC, stored, inputs)(x)
+    assert torch.equal(layer(tmp_path / "other", STATIC, spelt, inputs)(x), expected)
+    with pytest.raises(ModelLoadError, match="is there twice"):
+        layer(tmp_path, STATIC, [{**a, **b} for a, b in zip(stored, spelt, strict=True)], inputs)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -31,6 +31,7 @@ class TensorSpec:
         repeat: consecutive outputs of one part that share an element of the checkpoint's tensor along ``output_dim``,
             which must be 0; the last element of a part may stand for fewer. The loader repeats each, so that parts of
             any size lie side by side.
+        also: other suffixes under which checkpoints store it, one at a time.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +41,7 @@ class TensorSpec:
     optional: bool = False
     broadcast: bool = False
     repeat: int = 1
+    also: tuple[str, ...] = ()
 
 
 class QuantMethod(ABC):

@@ -161,6 +161,9 @@ class Plan:
             for name, block in self.blocks.items()
             for suffix in block.specs
         }
+        self._spelt = {
+            Target(target.block, suffix): target for target in self._open for suffix in self.spec(target).also
+        }
         self._unexpected: list[str] = []
         self._unusable: list[str] = []
 
@@ -170,6 +173,7 @@ class Plan:
             if any(part in stored.name for part in self._table.ignore):
                 continue
             target, shard = map_name(stored.name, self._table)
+            target = self._spelt.get(target, target)
             label = f"{stored.name} ({file.path.name})"
             if target not in self._open or (shard and shard not in self.blocks[target.block].outputs):
                 self._unexpected.append(label)

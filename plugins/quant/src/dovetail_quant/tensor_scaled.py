@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -36,10 +37,16 @@ class TensorScaled:
         self._static = static
 
     def tensors(self, in_features: int, out_features: int, dtype: torch.dtype) -> Mapping[str, TensorSpec]:
-        """``weight`` ``[O, I]``, its ``weight_scale``, and for static activations their ``input_scale``."""
+        """``weight`` ``[O, I]``, its ``weight_scale``, and for static activations their ``input_scale``.
+
+        transformers names the scales ``weight_scale_inv`` and ``activation_scale``; it multiplies by them all the same.
+        """
         number = TensorSpec(shape=(out_features,), dtype=torch.float32, broadcast=True)
-        specs = {"weight": TensorSpec(shape=(out_features, in_features), dtype=FP8), "weight_scale": number}
-        return {**specs, "input_scale": number} if self._static else specs
+        specs = {
+            "weight": TensorSpec(shape=(out_features, in_features), dtype=FP8),
+            "weight_scale": replace(number, also=("weight_scale_inv",)),
+        }
+        return {**specs, "input_scale": replace(number, also=("activation_scale",))} if self._static else specs
 
     def prepare(self, tensors: Mapping[str, Tensor], ops: OpTable, dtype: torch.dtype) -> PackedLinear:
         """Pack; parts of a merged layer whose activations have different scales stay apart."""
