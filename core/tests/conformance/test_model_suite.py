@@ -16,7 +16,7 @@ from dovetail.errors import ConfigError
 from dovetail.layers.head import Head
 from dovetail.layers.linear import Unquantized
 from dovetail.plugins.manifest import ModelManifest
-from dovetail.testing.conformance import tiny, unregistered
+from dovetail.testing.conformance import known_architectures, tiny, unregistered
 from dovetail.testing.conformance.dense import DenseModel
 from dovetail.testing.conformance.model import ModelSuite
 from dovetail.testing.conformance.run import run
@@ -301,3 +301,16 @@ def test_a_broken_model_is_caught(model: type) -> None:
     scenario = (model.__doc__ or "").strip()
     results = run({"TestSubject": suite(model)}, only=[scenario])
     assert "failed" in {result.outcome for result in results}, results
+
+
+@pytest.mark.parametrize(
+    ("installed", "expected"),
+    [(True, "transformers does not know"), (False, "transformers is not installed: pip install")],
+)
+def test_why_there_is_no_reference(monkeypatch: pytest.MonkeyPatch, installed: bool, expected: str) -> None:
+    if not installed:
+        monkeypatch.setattr(known_architectures, "find_spec", lambda name: None)
+    alone = type("TestAlone", (suite(Sound),), {"reference": staticmethod(known_architectures.known_logits)})
+    results = run({"TestAlone": alone}, only=["model.24"])
+    assert {result.outcome for result in results} == {"skipped"}
+    assert all(expected in result.reason for result in results)

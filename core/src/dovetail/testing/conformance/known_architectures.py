@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ NO_TOKENS: Mapping[str, None] = {"bos_token_id": None, "eos_token_id": None, "pa
 
 
 def small_config(architecture: str, changes: Mapping[str, Any]) -> dict[str, Any] | None:
-    """config.json of a small model; None if transformers does not know the architecture.
+    """config.json of a small model; None if transformers is missing or does not know the architecture.
 
     Args:
         changes: fields that should differ.
@@ -50,7 +51,7 @@ def small_config(architecture: str, changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def known_logits(folder: Path, token_ids: Sequence[int]) -> Tensor | None:
-    """Float32 logits ``[T, V]`` of a checkpoint; None if transformers does not know its architecture."""
+    """Float32 logits ``[T, V]`` of a checkpoint; None if transformers is missing or does not know its architecture."""
     model = _loaded(folder)
     if model is None:
         return None
@@ -68,7 +69,16 @@ def _loaded(folder: Path) -> Any:
     return model.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
+def why_unknown(architecture: str) -> str:
+    """Why transformers does not help with an architecture."""
+    if find_spec("transformers") is None:
+        return "transformers is not installed: pip install 'dovetail-core[transformers]'"
+    return f"transformers does not know {architecture}"
+
+
 def _model_class(architecture: str) -> Any:
+    if find_spec("transformers") is None:
+        return None
     import transformers
 
     return getattr(transformers, architecture, None)

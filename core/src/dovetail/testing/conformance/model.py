@@ -25,7 +25,7 @@ from dovetail.layers.linear import Unquantized
 from dovetail.ops import reference as reference_ops
 from dovetail.testing.conformance.checkpoints import declared, random_tensors, write_checkpoint
 from dovetail.testing.conformance.dense import PADDING, DenseModel, Part
-from dovetail.testing.conformance.known_architectures import known_logits, small_config
+from dovetail.testing.conformance.known_architectures import known_logits, small_config, why_unknown
 from dovetail.testing.conformance.small_engine import generate, model_config, reference_platform
 from dovetail.testing.conformance.suite import Suite
 
@@ -56,7 +56,7 @@ class ModelSuite(Suite):
     def reference(folder: Path, token_ids: Sequence[int]) -> Tensor | None:
         """Float32 logits ``[T, V]`` of an independent implementation for the checkpoint in ``folder``.
 
-        The default asks transformers, and answers None if it does not know the architecture.
+        The default asks transformers, and answers None if it is not installed or does not know the architecture.
         """
         return known_logits(folder, token_ids)
 
@@ -67,7 +67,7 @@ class ModelSuite(Suite):
             return copy.deepcopy(dict(self.hf_config))
         made = small_config(self.manifest.architectures[0], self.hf_config)
         if made is None:
-            self.lacks(f"hf_config (transformers does not know {self.manifest.architectures[0]})")
+            self.lacks(f"hf_config ({why_unknown(self.manifest.architectures[0])})")
         assert made is not None
         return made
 
@@ -350,7 +350,7 @@ class ModelSuite(Suite):
         prompt = _tokens(length, self._vocab(config))
         expected = self.reference(folder, prompt)
         if expected is None:
-            self.lacks("reference (transformers does not know the architecture)")
+            self.lacks(f"reference ({why_unknown(config['architectures'][0])})")
         assert expected is not None
         self.near(model.logits(prompt), expected, f"logits of {length} tokens", REFERENCE)
 
