@@ -553,7 +553,8 @@ def test_speculation(make, registries):
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
-        ({}, "has method None; name a registered one (registered: guess)"),
+        ({}, "names no method; give one that is registered: guess."),
+        ({"method": 3}, "has method 3; give one that is registered: guess."),
         ({"method": "guess"}, "num_speculative_tokens None; give a whole number of at least 1"),
         ({"method": "guess", "num_speculative_tokens": 0}, "num_speculative_tokens 0;"),
         ({"method": "guess", "num_speculative_tokens": True}, "num_speculative_tokens True;"),

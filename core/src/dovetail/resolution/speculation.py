@@ -22,9 +22,8 @@ def decide(
     method = given.get("method")
     if not isinstance(method, str):
         known = ", ".join(registries.spec_decoders.names()) or "none"
-        decision.obstacles.append(
-            f"--speculative-config has method {method!r}; name a registered one (registered: {known})."
-        )
+        what = f"has method {method!r}" if "method" in given else "names no method"
+        decision.obstacles.append(f"--speculative-config {what}; give one that is registered: {known}.")
         return decision, 0, {}
     for entry in named(registries.spec_decoders, method, decision):
         cls = load(entry, "dovetail.contracts.specdec:SpecDecoder", decision)

@@ -14,6 +14,7 @@ def dovetail_register_quant_methods(register: Callable[[QuantManifest, str], Non
         summary="int8 weights with one scale per output feature.",
         checkpoint_methods=("sketch",),
         on_load=True,
+        experts=True,
         error=0.012,
     )
     register(manifest, "dovetail_sketch.method:SketchMethod")
