@@ -144,7 +144,7 @@ def test_full_disks(examine, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 1 << 40, 1 << 20))
     code, found = examine()
     assert code == 0
-    assert "has 1 MiB left" in only(found["temporary files"], "warning")
+    assert "has 1.0 MiB left" in only(found["temporary files"], "warning")
     assert "set HF_HOME to a larger disk" in only(found["downloads"], "warning")
 
 
@@ -346,7 +346,7 @@ def test_too_little_memory(examine, monkeypatch):
     monkeypatch.setattr(CpuPlatform, "memory", lambda self: MemoryInfo(total=1 << 20, available=1 << 20))
     code, found = examine()
     assert code == 1
-    assert "0.00 GiB are available Lower --max-model-len" in only(found["memory"], "problem")
+    assert "1.0 MiB are available Lower --max-model-len" in only(found["memory"], "problem")
 
 
 @pytest.mark.parametrize(

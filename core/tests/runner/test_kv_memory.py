@@ -54,8 +54,12 @@ def test_asked_memory_is_taken_as_asked_or_refused():
     assert kv_memory.num_blocks(config, 100, FULL, 10**6) == 50
     with pytest.raises(ConfigError, match=r"--kv-cache-memory asks for .* are free on the device"):
         kv_memory.num_blocks(config, 100, FULL, 4999)
-    with pytest.raises(ConfigError, match=r"One request of --max-model-len 64 needs .* or lower --max-model-len"):
+    with pytest.raises(ConfigError) as caught:
         kv_memory.num_blocks(config, 1000, FULL, 10**6)
+    assert str(caught.value) == (
+        "One request of --max-model-len 64 needs 16.6 KiB of KV cache, and the cache has 4.9 KiB, so 11.7 KiB are "
+        "missing. Set --kv-cache-memory to 0.001 or lower --max-model-len."
+    )
 
 
 def test_groups_share_storage_layer_by_layer():

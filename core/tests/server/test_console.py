@@ -31,7 +31,7 @@ def test_the_configuration_names_every_part_and_where_it_comes_from(defaults):
     text = stream.getvalue()
     assert "  attention     scripted (dovetail-core 0; for a test)\n" in text
     assert "  speculation   none\n" in text
-    assert "40 tokens in 10 blocks of 4, 0.00 GiB; prefix cache on" in text
+    assert "40 tokens in 10 blocks of 4, 0.0 KiB; prefix cache on" in text
     assert "* limits        77 tokens per request" in text
     assert "* set by an option\n" in text
     assert "load 1.23 s" in text

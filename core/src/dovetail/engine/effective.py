@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from dovetail.config import EngineConfig, Selection
 from dovetail.contracts.executor import ExecutorInfo
+from dovetail.sizes import size
 
-GIB = 1 << 30
 MARK = "*"
 """Stands before what an option changed."""
 
@@ -78,7 +78,7 @@ def _cache(config: EngineConfig, info: ExecutorInfo) -> str:
     prefix = "on" if config.enable_prefix_caching else "off"
     return (
         f"{usable * info.block_size} tokens in {usable} blocks of {info.block_size}, "
-        f"{info.num_blocks * info.page_bytes / GIB:.2f} GiB; prefix cache {prefix}"
+        f"{size(info.num_blocks * info.page_bytes)}; prefix cache {prefix}"
     )
 
 

@@ -12,11 +12,11 @@ from dovetail.plugins.manifest import ModelManifest, PlatformManifest
 from dovetail.plugins.registry import Registries
 from dovetail.resolution import attention, context, draft, dtype, model, platform, quantization, speculation
 from dovetail.resolution.decision import Decision
+from dovetail.sizes import GIB
 
 if TYPE_CHECKING:
     from dovetail.contracts.model import ModelFacts
 
-GIB = 2**30
 _AS_GIVEN = (
     "max_num_seqs",
     "max_num_batched_tokens",

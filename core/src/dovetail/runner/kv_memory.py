@@ -9,8 +9,8 @@ from dovetail.contracts.attention import AttentionBackend, AttentionSpec, KVCach
 from dovetail.contracts.executor import KVGroup
 from dovetail.errors import ConfigError
 from dovetail.kv.groups import group_layers, most_pages
+from dovetail.sizes import gib_up, size
 
-GIB = 1 << 30
 DEFAULT_SHARE = 4
 """Without ``--kv-cache-memory`` the cache takes at most one part in this many of the free memory."""
 
@@ -55,17 +55,17 @@ def num_blocks(config: EngineConfig, bytes_per_block: int, groups: Sequence[KVGr
         budget = config.kv_cache_memory
         if budget > available:
             raise ConfigError(
-                f"--kv-cache-memory asks for {budget / GIB:.2f} GiB, but {available / GIB:.2f} GiB are free on the "
-                "device. Lower it, or free memory."
+                f"--kv-cache-memory asks for {size(budget)}, but {size(available)} are free on the device. Lower it, "
+                "or free memory."
             )
     blocks = budget // bytes_per_block
     if blocks < per_request + 1:
         needed = (per_request + 1) * bytes_per_block
         draft = "" if config.draft is None else ", the draft model's included"
         raise ConfigError(
-            f"One request of --max-model-len {config.max_model_len} needs {needed / GIB:.3f} GiB of KV cache{draft}, "
-            f"and the cache has {budget / GIB:.3f} GiB. Raise --kv-cache-memory by {(needed - budget) / GIB:.3f} GiB "
-            "or lower --max-model-len."
+            f"One request of --max-model-len {config.max_model_len} needs {size(needed)} of KV cache{draft}, and the "
+            f"cache has {size(budget)}, so {size(needed - budget)} are missing. Set --kv-cache-memory to "
+            f"{gib_up(needed)} or lower --max-model-len."
         )
     return blocks if config.kv_cache_memory is not None else min(blocks, wanted)
 

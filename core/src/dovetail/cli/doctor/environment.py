@@ -15,11 +15,11 @@ from dovetail import env
 from dovetail.cli.doctor.finding import Finding, ok, problem, warning
 from dovetail.cli.doctor.subject import Subject
 from dovetail.plugins.registry import nearest
+from dovetail.sizes import GIB, MIB, size
 
-GIB = 1 << 30
 ENOUGH_FILES = 4096
 """Open files that a busy server needs: one per connection, and some."""
-ENOUGH_TEMPORARY = 64 << 20
+ENOUGH_TEMPORARY = 64 * MIB
 ENOUGH_CACHE = 2 * GIB
 
 
@@ -54,9 +54,9 @@ def temporary(subject: Subject) -> Iterator[Finding]:
         pass
     free = shutil.disk_usage(folder).free
     if free < ENOUGH_TEMPORARY:
-        yield warning(f"{folder} has {free >> 20} MiB left", "Free some, or set TMPDIR to another folder.")
+        yield warning(f"{folder} has {size(free)} left", "Free some, or set TMPDIR to another folder.")
     else:
-        yield ok(f"{folder}, writable, {free / GIB:.1f} GiB free")
+        yield ok(f"{folder}, writable, {size(free)} free")
 
 
 def limits(subject: Subject) -> Iterator[Finding]:
@@ -72,9 +72,9 @@ def limits(subject: Subject) -> Iterator[Finding]:
     else:
         yield ok(f"{'any number of' if files == resource.RLIM_INFINITY else files} open files")
     for name, what in (("RLIMIT_AS", "address space"), ("RLIMIT_DATA", "data")):
-        size, _ = resource.getrlimit(getattr(resource, name))
-        if size != resource.RLIM_INFINITY:
-            yield warning(f"{what} is limited to {size / GIB:.1f} GiB", "Weights are mapped: lift it (`ulimit`).")
+        most, _ = resource.getrlimit(getattr(resource, name))
+        if most != resource.RLIM_INFINITY:
+            yield warning(f"{what} is limited to {size(most)}", "Weights are mapped: lift it (`ulimit`).")
 
 
 def downloads(subject: Subject) -> Iterator[Finding]:
@@ -87,6 +87,6 @@ def downloads(subject: Subject) -> Iterator[Finding]:
     if not os.access(there, os.W_OK):
         yield warning(f"{there} is not writable", "Set HF_HOME to a folder that is, or name local checkpoints.")
     elif free < ENOUGH_CACHE:
-        yield warning(f"{folder} has {free / GIB:.1f} GiB left", "Free some, or set HF_HOME to a larger disk.")
+        yield warning(f"{folder} has {size(free)} left", "Free some, or set HF_HOME to a larger disk.")
     else:
-        yield ok(f"{folder}, {free / GIB:.1f} GiB free")
+        yield ok(f"{folder}, {size(free)} free")

@@ -11,8 +11,8 @@ from urllib.request import ProxyHandler, build_opener
 from dovetail.cli.doctor.finding import Finding, ok, problem, warning, with_torch
 from dovetail.cli.doctor.subject import Subject
 from dovetail.errors import ConfigError
+from dovetail.sizes import size
 
-GIB = 1 << 30
 ANSWER_SECONDS = 0.5
 
 
@@ -45,8 +45,8 @@ def memory(subject: Subject) -> Iterator[Finding]:
 
     need = needed(explanation.config, subject.folder)
     text = (
-        f"about {need.weights / GIB:.2f} GiB of weights and {need.one_request / GIB:.2f} GiB of KV cache for one "
-        f"request of {explanation.config.max_model_len} tokens; {need.available / GIB:.2f} GiB are available"
+        f"about {size(need.weights)} of weights and {size(need.one_request)} of KV cache for one request of "
+        f"{explanation.config.max_model_len} tokens; {size(need.available)} are available"
     )
     cache = explanation.config.kv_cache_memory
     if cache is not None and cache < need.one_request:

@@ -9,8 +9,8 @@ from pathlib import Path
 from dovetail import checkpoint
 from dovetail.cli.doctor.finding import Finding, ok, problem, warning, with_torch
 from dovetail.cli.doctor.subject import Subject
+from dovetail.sizes import size
 
-GIB = 1 << 30
 AGAIN = "Download the checkpoint again."
 
 
@@ -44,7 +44,7 @@ def weights(subject: Subject) -> Iterator[Finding]:
 
     held = {file: TensorFile(file).tensors for file in weight_files(subject.folder)}
     tensors = [tensor for file in held.values() for tensor in file]
-    yield ok(f"{len(tensors)} tensors in {len(held)} files, {sum(t.nbytes for t in tensors) / GIB:.2f} GiB")
+    yield ok(f"{len(tensors)} tensors in {len(held)} files, {size(sum(t.nbytes for t in tensors))}")
     index = subject.folder / INDEX
     if not index.exists():
         return
