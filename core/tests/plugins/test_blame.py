@@ -20,6 +20,7 @@ CONFIG = SimpleNamespace(
     model=part("zoo.model:Zoo", "zoos"),
     quant=part("dovetail.layers.linear:Unquantized", "builtin"),
     spec_decoder=None,
+    draft=SimpleNamespace(model=part("dwarf.model:Dwarf", "dwarfs"), quant=part("halves.format:Half", "halves")),
 )
 
 
@@ -54,6 +55,12 @@ def test_the_deepest_plugin_frame_is_to_blame():
         "Install a release of dist-abacuses that repairs this, or report it to its authors, or choose another "
         "--attention."
     )
+
+
+def test_a_draft_models_parts_are_to_blame_as_well():
+    choices = {"dwarf.model": "draft with another model", "halves.scale": "draft with another checkpoint"}
+    for module, choice in choices.items():
+        assert blamed(code(module, "raise ValueError('7')")).endswith(f", or {choice}.")
 
 
 def test_the_module_decides_between_parts_of_one_package():

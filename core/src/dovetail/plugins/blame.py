@@ -21,6 +21,8 @@ _CHOICES = {
     "attention": "or choose another --attention",
     "quant": "or choose another --quantization",
     "spec_decoder": "or leave out --speculative-config",
+    "draft.model": "or draft with another model",
+    "draft.quant": "or draft with another checkpoint",
 }
 
 
@@ -57,8 +59,16 @@ def blaming(config: EngineConfig, doing: str, kind: type[PluginError]) -> Iterat
 
 
 def parts(config: EngineConfig) -> dict[str, Selection]:
-    """The selected parts, by their field in the configuration."""
-    found = {role: getattr(config, role) for role in _CHOICES}
+    """The selected parts, by their field in the configuration; a draft model's own behind those of the engine."""
+    found: dict[str, Selection | None] = {
+        "platform": config.platform,
+        "model": config.model,
+        "attention": config.attention,
+        "quant": config.quant,
+        "spec_decoder": config.spec_decoder,
+    }
+    if config.draft is not None:
+        found |= {"draft.model": config.draft.model, "draft.quant": config.draft.quant}
     return {role: part for role, part in found.items() if part is not None}
 
 
