@@ -10,6 +10,7 @@ import pytest
 import dovetail
 from dovetail.plugins.manifest import AttentionManifest
 from dovetail.plugins.registration import HOOKS
+from dovetail.testing import conformance
 from dovetail.testing.conformance import Scenario, Suite, needs, registered, scenarios, unregistered
 from dovetail.testing.conformance.catalogue import ALL, SUITES
 from dovetail.testing.conformance.run import run
@@ -119,3 +120,8 @@ def test_a_scenario_must_have_an_id():
         Scenario.of(test_something)
 
 
+def test_pytest_takes_nothing_that_test_files_import_for_tests():
+    exported = [getattr(conformance, name) for name in conformance.__all__]
+    named_like_tests = [thing for thing in exported if getattr(thing, "__name__", "").startswith("Test")]
+    assert named_like_tests
+    assert not any(getattr(thing, "__test__", True) for thing in named_like_tests)

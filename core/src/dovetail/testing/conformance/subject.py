@@ -6,7 +6,7 @@ import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from dovetail.config import Selection
 from dovetail.plugins.host import PluginHost
@@ -23,6 +23,9 @@ class Tested:
         manifest: what is declared about it.
         selection: the same as a resolved part, from which an engine builds it.
     """
+
+    __test__: ClassVar = False
+    """Not a class of tests, though its name begins like one; test files import everything from here."""
 
     cls: Any
     manifest: Any
