@@ -178,3 +178,8 @@ def test_without_pytest(monkeypatch, capsys):
     monkeypatch.setattr("dovetail.cli.conformance.find_spec", lambda name: None)
     assert run(["conformance", "builtin"]) == 2
     assert "pip install 'dovetail-core[testing]'" in capsys.readouterr().err
+
+
+def test_report_that_cannot_be_written_is_refused_before_anything_runs(tmp_path, capsys):
+    assert run(["conformance", "no-such-plugin", "--output", str(tmp_path / "lost" / "report.html")]) == 2
+    assert "report.html cannot be written (No such file or directory); name another file." in capsys.readouterr().err

@@ -52,3 +52,24 @@ def test_wrong_list_is_one_message(broken, capsys, monkeypatch):
     monkeypatch.setenv("DOVETAIL_PLUGINS", "brokne")
     assert run(["plugins"]) == 2
     assert "error: DOVETAIL_PLUGINS names 'brokne'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["plugins", "--json"], ["explain", "--json"], ["doctor", "--json", "--port", "0"]])
+def test_what_plugins_print_is_no_part_of_json(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.syspath_prepend(tmp_path)
+    module = install(tmp_path, "chatty", "print('Thank you for choosing chatty!')")
+    run(command)
+    sys.modules.pop(module)
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)
+    assert "Thank you for choosing chatty!" in captured.err
+
+
+def test_odd_names_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    install(tmp_path, "x[b]", "", distribution="dist-odd", target="fake_odd")
+    (tmp_path / "fake_odd.py").write_text("")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["plugins"]) == 0
+    assert "x[b]" in capsys.readouterr().out
+    sys.modules.pop("fake_odd")

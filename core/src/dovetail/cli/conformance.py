@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,10 +42,12 @@ def conformance(plugin: str, kinds: tuple[str, ...], names: tuple[str, ...], for
     """
     if find_spec("pytest") is None:
         raise ConfigError("The conformance suites need pytest; pip install 'dovetail-core[testing]'.")
-    discovery = PluginHost().discover(warn=False)
+    if output is not None:
+        _check_writable(output)
     from dovetail.testing.conformance.plugin import check_plugin
 
-    with _progress() as on_result:
+    with redirect_stdout(sys.stderr), _progress() as on_result:  # what plugins print is no part of the report
+        discovery = PluginHost().discover(warn=False)
         report = check_plugin(discovery, plugin, kinds=kinds, names=names, on_result=on_result)
     text = _rendered(report, form, width=None if output is None else 120)
     if output is None:
@@ -53,6 +56,18 @@ def conformance(plugin: str, kinds: tuple[str, ...], names: tuple[str, ...], for
         output.write_text(text + "\n", encoding="utf-8")
         click.echo(f"{report.verdict} Report: {output}", err=True)
     return 0 if report.conforms else 1
+
+
+def _check_writable(output: Path) -> None:
+    """Before the suites run, so that no report is lost.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        output.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written ({error.strerror}); name another file.") from error
 
 
 @contextmanager

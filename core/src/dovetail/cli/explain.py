@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 import click
@@ -44,7 +46,8 @@ def explain(engine: EngineOptions, log_level: str, as_json: bool) -> int:
     log.set_up(log_level)
     from dovetail import resolver
 
-    explanation = resolver.explain(engine, PluginHost().discover().registries)
+    with redirect_stdout(sys.stderr):  # what plugins print is no part of the answer
+        explanation = resolver.explain(engine, PluginHost().discover().registries)
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(explanation), indent=2))
     else:

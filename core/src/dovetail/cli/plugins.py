@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import redirect_stdout
 
 import click
 import msgspec
@@ -25,7 +27,8 @@ _NOUNS = {
 @json_option
 def plugins(as_json: bool) -> None:
     """List installed plugins: what each provides, why it failed if it did, and what to do about it."""
-    found = PluginHost().discover(warn=False).plugins
+    with redirect_stdout(sys.stderr):  # what plugins print is no part of the answer
+        found = PluginHost().discover(warn=False).plugins
     if as_json:
         click.echo(json.dumps({"plugins": [msgspec.to_builtins(plugin) for plugin in found]}, indent=2))
         return
@@ -42,7 +45,8 @@ def _print_table(found: tuple[PluginStatus, ...]) -> None:
     for plugin in found:
         state = Text(plugin.state, style=_STYLES[plugin.state])
         provides = "" if plugin.broken else "\n".join(_provided(plugin))
-        table.add_row(plugin.name, plugin.distribution, plugin.version, state, Text(provides or "–"))
+        source = (Text(plugin.name), Text(plugin.distribution), Text(plugin.version))
+        table.add_row(*source, state, Text(provides or "–"))
     console.print(table)
     for plugin in found:
         for warning in plugin.warnings:

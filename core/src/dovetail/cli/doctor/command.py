@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import redirect_stdout
 
 import click
 import msgspec
@@ -46,7 +48,8 @@ def doctor(engine: EngineOptions, server: ServerOptions, as_json: bool) -> int:
     downloads nothing. Exit code 1 if there is a problem.
     """
     log.set_up(server.log_level)
-    lines = examine(CHECKS, Subject(engine, server))
+    with redirect_stdout(sys.stderr):  # what plugins print is no part of the answer
+        lines = examine(CHECKS, Subject(engine, server))
     if as_json:
         click.echo(json.dumps({"checks": msgspec.to_builtins(lines)}, indent=2))
     else:
