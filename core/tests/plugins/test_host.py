@@ -347,3 +347,17 @@ def test_registering_after_start_up_is_refused(site):
     with pytest.raises(PluginLoadError, match="after start-up"):
         sys.modules[module].saved[0](ModelManifest(name="late", summary="", architectures=()), "m:M")
     assert "late" not in registries.models
+
+
+def test_nobody_takes_the_place_of_the_core(site):
+    install(site, "builtin", GOOD, distribution="aaa-first")
+    first, second = (plugin for plugin in PluginHost().discover().plugins if plugin.name == "builtin")
+    assert (first.distribution, first.state) == ("dovetail-core", "loaded")
+    assert (second.distribution, second.state) == ("aaa-first", "quarantined")
+
+
+def test_a_field_of_a_newer_core_suggests_an_upgrade(site):
+    install(site, "early", HEADER + chip("early", antigravity=True))
+    found = status(PluginHost().discover(), "early")
+    assert "unexpected keyword argument 'antigravity'" in found.error
+    assert "upgrade it" in found.remedy

@@ -32,6 +32,8 @@ from dovetail.plugins.requirements import explain_unmet
 
 GROUP = "dovetail"
 BUILTIN = "builtin"
+BUILTIN_MODULE = "dovetail.plugins.builtin"
+"""What that entry point names: whoever else takes its name comes too late."""
 
 _logger = logging.getLogger("dovetail.plugins")
 _warned: set[tuple[str, str]] = set()
@@ -78,7 +80,7 @@ class PluginHost:
         Raises:
             ConfigError: the allow or disable list names a plugin that is not installed.
         """
-        points = sorted(entry_points(group=GROUP), key=lambda point: (point.name != BUILTIN, point.name))
+        points = sorted(entry_points(group=GROUP), key=lambda point: (point.value != BUILTIN_MODULE, point.name))
         self._check_lists([point.name for point in points])
         registries = Registries()
         statuses: list[PluginStatus] = []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+from dovetail import __version__
 from dovetail.plugins.requirements import pip_install, unmet_by
 
 
@@ -21,6 +24,11 @@ def for_exception(error: BaseException, distribution: str, module: str) -> str:
     """
     if isinstance(error, ImportError):
         return _for_import(error, distribution, module)
+    if isinstance(error, TypeError) and re.search(r"Manifest\.__init__\(\) got an unexpected keyword", str(error)):
+        return (
+            f"dovetail-core {__version__} does not know that field of the manifest: upgrade it, install an older "
+            f"release of {distribution}, or correct the field's name."
+        )
     return f"Install a release of {distribution} that repairs this, or report it to its authors."
 
 
