@@ -1,0 +1,91 @@
+"""Root-mean-square norm, alone or after the residual addition."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dovetail_cuda.kernels.rows import as_rows
+
+TILE = 2048
+"""Elements of a program's rows together, where rows are shorter."""
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """See :func:`dovetail.ops.reference.rms_norm`. The weight may be in a wider dtype than ``x``."""
+    out = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+    _launch(x_TD, None, weight_D, out, None, eps)
+    return out
+
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See :func:`dovetail.ops.reference.add_rms_norm`."""
+    out, total = (torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device) for _ in range(2))
+    _launch(x_TD, residual_TD, weight_D, out, total, eps)
+    return out, total
+
+
+def _launch(
+    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, out: Tensor, total: Tensor | None, eps: float
+) -> None:
+    if not out.numel():
+        return
+    x = as_rows(x_TD)
+    residual = x if residual_TD is None else as_rows(residual_TD)
+    block = triton.next_power_of_2(x.width)
+    rows = max(1, min(TILE // block, triton.next_power_of_2(x.count)))
+    _rms_norm_kernel[(triton.cdiv(x.count, rows),)](
+        x.tensor,
+        residual.tensor,
+        weight_D.contiguous(),
+        out,
+        out if total is None else total,
+        x.count,
+        x.inner,
+        *x.strides,
+        *residual.strides,
+        x.width,
+        eps,
+        ADD=residual_TD is not None,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=min(16, max(1, rows * block // 512)),
+    )
+
+
+@triton.jit(do_not_specialize=["count"])
+def _rms_norm_kernel(
+    x_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    total_ptr: tl.tensor,
+    count: tl.tensor,
+    inner: tl.tensor,
+    x_outer_stride: tl.tensor,
+    x_inner_stride: tl.tensor,
+    residual_outer_stride: tl.tensor,
+    residual_inner_stride: tl.tensor,
+    width: tl.tensor,
+    eps: tl.tensor,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = (rows < count) & (columns < width)
+    outer, within = rows // inner, rows % inner
+    x = tl.load(x_ptr + outer * x_outer_stride + within * x_inner_stride + columns, mask=mask, other=0.0)
+    if ADD:
+        places = outer * residual_outer_stride + within * residual_inner_stride + columns
+        residual = tl.load(residual_ptr + places, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + rows * width + columns, x, mask=mask)
+    x = x.to(tl.float32)
+    square = tl.sum(x * x, axis=1) / width
+    weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+    out = x * tl.rsqrt(square + eps)[:, None] * weight
+    tl.store(out_ptr + rows * width + columns, out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,25 @@
+"""The operations that the platform has kernels for; products of plain weights stay torch's, and so cuBLAS's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dovetail_cuda.kernels.activation import gelu_tanh_and_mul, silu_and_mul
+from dovetail_cuda.kernels.attention import paged_attention
+from dovetail_cuda.kernels.cache import write_kv
+from dovetail_cuda.kernels.norm import add_rms_norm, rms_norm
+from dovetail_cuda.kernels.rotary import rotary
+
+
+def table() -> Mapping[str, Callable[..., Any]]:
+    """The overrides of the op table, which are the same in each dtype."""
+    return {
+        "rms_norm": rms_norm,
+        "add_rms_norm": add_rms_norm,
+        "rotary": rotary,
+        "silu_and_mul": silu_and_mul,
+        "gelu_tanh_and_mul": gelu_tanh_and_mul,
+        "write_kv": write_kv,
+        "paged_attention": paged_attention,
+    }
