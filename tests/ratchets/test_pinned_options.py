@@ -14,8 +14,9 @@ def names(text):
 
 
 ENGINE = names("""
-    model revision tokenizer dtype max_model_len max_num_seqs max_num_batched_tokens block_size kv_cache_memory
-    kv_cache_dtype enable_prefix_caching enable_chunked_prefill scheduling_policy seed platform attention quantization
+    model revision tokenizer load_format dtype max_model_len max_num_seqs max_num_batched_tokens block_size
+    kv_cache_memory kv_cache_dtype enable_prefix_caching enable_chunked_prefill scheduling_policy seed platform
+    platform_config attention quantization
     speculative_config num_threads allow_fallback
 """)
 SERVER = names("""

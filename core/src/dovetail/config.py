@@ -70,6 +70,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         vocab_size: rows of the output head.
         eos_token_ids: from generation_config.json, else config.json.
         kv_cache_memory: bytes, or None for the default rule.
+        load_format: where weights come from.
+        platform_options: the platform's own section.
         spec_options: the speculator's own section; ``num_speculative_tokens`` is 0 without a speculator.
         draft: what runs beside the model to draft for it, if the speculator needs a draft model.
         rejected: per part, the candidates that were not taken.
@@ -98,6 +100,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     scheduling_policy: str
     seed: int
     num_threads: int | None
+    load_format: str = "safetensors"
+    platform_options: dict[str, Any] = {}
     num_speculative_tokens: int = 0
     spec_options: dict[str, Any] = {}
     draft: EngineConfig | None = None

@@ -38,6 +38,11 @@ class EngineOptions:
     tokenizer: str | None = option(
         None, "Folder or hub id of the tokenizer, if it is not beside the model.", metavar="PATH_OR_HUB_ID"
     )
+    load_format: str = option(
+        "safetensors",
+        "Where weights come from; dummy fills them with small random numbers and reads no files, for benchmarks.",
+        choices=("safetensors", "dummy"),
+    )
     dtype: str = option(
         "auto", "Activation dtype; auto takes the checkpoint's, where the platform computes in it.", choices=DTYPES
     )
@@ -47,7 +52,8 @@ class EngineOptions:
     block_size: int = option(16, "Tokens per KV-cache block.")
     kv_cache_memory: float | None = option(
         None,
-        "GiB for the KV cache; default: max_num_seqs full contexts, at most a quarter of the free device memory.",
+        "GiB for the KV cache; default: max_num_seqs full contexts, at most a quarter of the free memory, or nine "
+        "tenths of the free memory of a device that has its own.",
     )
     kv_cache_dtype: str = option("auto", "Storage dtype of the KV cache; auto takes the activation dtype.")
     enable_prefix_caching: bool = option(True, "Share KV blocks of equal prompt prefixes.")
@@ -59,6 +65,9 @@ class EngineOptions:
     )
     seed: int = option(0, "Seed of requests that bring none.")
     platform: str = option("auto", "Platform plugin; auto takes the highest priority that is available here.")
+    platform_config: Mapping[str, Any] | None = option(
+        None, "The platform's own options as JSON; its page says which it has.", metavar="JSON"
+    )
     attention: str = option("auto", "Attention backend; auto takes the platform's first that supports the model.")
     quantization: str | None = option(None, "Weight format; default: what the checkpoint says.")
     speculative_config: Mapping[str, Any] | None = option(

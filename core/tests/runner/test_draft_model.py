@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dovetail.contracts.executor import KVGroup
-from dovetail.contracts.platform import ExactShapes
+from dovetail.contracts.platform import ExactShapes, MemoryInfo
 from dovetail.contracts.specdec import SpecState
 from dovetail.errors import ConfigError
 from dovetail.messages import NULL_BLOCK
@@ -157,4 +157,4 @@ def test_memory_beside_the_engines():
 def test_memory_that_does_not_hold_one_request_is_refused():
     config = engine_config(max_model_len=32, block_size=4, kv_cache_memory=9 * 400 - 1, draft=CONFIG)
     with pytest.raises(ConfigError, match=r"iB of KV cache, the draft model's included, and the cache has"):
-        kv_memory.num_blocks(config, 400, [KVGroup(layers=(0, 1))], 10**6)
+        kv_memory.num_blocks(config, 400, [KVGroup(layers=(0, 1))], MemoryInfo(total=10**6, available=10**6))

@@ -8,6 +8,7 @@ import torch
 from dovetail.contracts.attention import AttentionSpec
 from dovetail.contracts.executor import KVGroup
 from dovetail.contracts.ops import OpTable
+from dovetail.contracts.platform import MemoryInfo
 from dovetail.errors import ConfigError
 from dovetail.platforms.cpu.reference_attention import ReferenceAttention
 from dovetail.runner import kv_memory
@@ -33,29 +34,40 @@ def test_a_block_is_as_large_as_its_group_has_layers():
         kv_memory.block_bytes([spec(1), spec(2)], FULL, backend())
 
 
+def free(available, **kinds):
+    return MemoryInfo(total=2 * available, available=available, **kinds)
+
+
+def test_the_default_takes_most_of_dedicated_memory():
+    config = engine_config(max_model_len=64, max_num_seqs=8)
+    assert kv_memory.num_blocks(config, 100, FULL, free(10_000)) == 25
+    assert kv_memory.num_blocks(config, 100, FULL, free(10_000, dedicated=True)) == 90
+
+
 def test_the_default_holds_full_contexts_within_a_quarter():
     config = engine_config(max_model_len=64, max_num_seqs=3)  # 16 blocks of 4 each
-    assert kv_memory.num_blocks(config, 100, FULL, 10**9) == 3 * 16 + 1
-    assert kv_memory.num_blocks(config, 100, MIXED, 10**9) == 2 * 3 * 16 + 1  # a step may fill 64 tokens
-    assert kv_memory.num_blocks(config, 100, FULL, 4 * 2000) == 20
+    assert kv_memory.num_blocks(config, 100, FULL, free(10**9)) == 3 * 16 + 1
+    assert kv_memory.num_blocks(config, 100, MIXED, free(10**9)) == 2 * 3 * 16 + 1  # a step may fill 64 tokens
+    assert kv_memory.num_blocks(config, 100, FULL, free(4 * 2000)) == 20
 
 
 def test_a_window_reserves_what_it_shows_and_a_step_adds():
     config = engine_config(max_model_len=64, max_num_seqs=3, max_num_batched_tokens=10)
-    assert kv_memory.num_blocks(config, 100, MIXED, 10**9) == 3 * (16 + 6) + 1  # 7 + 10 tokens, across page borders
+    # 7 + 10 tokens, across page borders
+    assert kv_memory.num_blocks(config, 100, MIXED, free(10**9)) == 3 * (16 + 6) + 1
     config = engine_config(max_model_len=64, max_num_batched_tokens=10, kv_cache_memory=2300)
-    assert kv_memory.num_blocks(config, 100, MIXED, 10**9) == 23
+    assert kv_memory.num_blocks(config, 100, MIXED, free(10**9)) == 23
     with pytest.raises(ConfigError, match="One request of --max-model-len 64"):
-        kv_memory.num_blocks(engine_config(max_model_len=64, kv_cache_memory=2300), 100, MIXED, 10**9)
+        kv_memory.num_blocks(engine_config(max_model_len=64, kv_cache_memory=2300), 100, MIXED, free(10**9))
 
 
 def test_asked_memory_is_taken_as_asked_or_refused():
     config = engine_config(max_model_len=64, kv_cache_memory=5000)
-    assert kv_memory.num_blocks(config, 100, FULL, 10**6) == 50
+    assert kv_memory.num_blocks(config, 100, FULL, free(10**6)) == 50
     with pytest.raises(ConfigError, match=r"--kv-cache-memory asks for .* are free on the device"):
-        kv_memory.num_blocks(config, 100, FULL, 4999)
+        kv_memory.num_blocks(config, 100, FULL, free(4999))
     with pytest.raises(ConfigError) as caught:
-        kv_memory.num_blocks(config, 1000, FULL, 10**6)
+        kv_memory.num_blocks(config, 1000, FULL, free(10**6))
     assert str(caught.value) == (
         "One request of --max-model-len 64 needs 16.6 KiB of KV cache, and the cache has 4.9 KiB, so 11.7 KiB are "
         "missing. Set --kv-cache-memory to 0.001 or lower --max-model-len."

@@ -105,6 +105,9 @@ class AttentionBackend(ABC):
     def build_metadata(self, step: StepTensors, group: int) -> Metadata:
         """What the layers of KV group ``group`` share in this step. Runs once per step, outside the compiled step.
 
+        A platform that captures or traces steps makes a program for each set of values that are no tensors in it, so
+        with static shapes those should follow from shapes. It looks into dataclasses, tuples, lists and mappings.
+
         Phase: step. Order: 1. Times: per KV group. May raise: nothing.
         """
         ...

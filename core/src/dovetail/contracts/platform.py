@@ -27,10 +27,17 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryInfo:
-    """Bytes on the device, before the KV cache is allocated."""
+    """Bytes on the device, before the KV cache is allocated.
+
+    Attributes:
+        total: of the device.
+        available: not taken by others, nor by the weights.
+        dedicated: memory of the device's own, which no other program needs: the KV cache may take most of it.
+    """
 
     total: int
     available: int
+    dedicated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +46,11 @@ class PlatformConfig:
 
     Attributes:
         num_threads: host threads for computation; None lets the platform choose.
+        options: the platform's own section: the manifest's ``defaults``, overlaid with ``--platform-config``.
     """
 
     num_threads: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Bucket(NamedTuple):
@@ -56,7 +65,8 @@ class ShapePolicy(ABC):
 
     Attributes:
         static: every step of a bucket has the same tensor shapes: block tables have all their columns, and there are
-            ``num_requests × (1 + drafts)`` rows of logits. Otherwise both are as small as the step allows.
+            ``num_requests × (1 + drafts)`` rows of logits, or ``num_tokens`` if that is less. Otherwise both are as
+            small as the step allows.
     """
 
     static: bool

@@ -36,7 +36,8 @@ def rows(config: EngineConfig, info: ExecutorInfo, asked: Container[str]) -> Ite
         return Row(title, text, any(option in asked for option in options))
 
     yield row("model", _part(config.model), "model", "revision")
-    yield row("platform", _part(config.platform), "platform")
+    own = ", ".join(f"{name} {value}" for name, value in config.platform_options.items())
+    yield row("platform", ", ".join(filter(None, (_part(config.platform), own))), "platform", "platform_config")
     yield row("attention", _part(config.attention), "attention")
     yield row("quantization", _part(config.quant), "quantization")
     yield row("speculation", _speculation(config), "speculative_config")

@@ -41,6 +41,7 @@ class PlatformManifest(Manifest):
         kv_dtypes: storage dtypes of the KV cache that it can hold, ``"auto"`` being the activation dtype; empty means
             any that the attention backend stores.
         max_context: longest context that it can run, in tokens; None means any.
+        defaults: default values of its own section, ``--platform-config``.
     """
 
     device_type: str
@@ -49,6 +50,7 @@ class PlatformManifest(Manifest):
     ops: frozenset[str] = frozenset()
     kv_dtypes: tuple[str, ...] = ()
     max_context: int | None = None
+    defaults: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

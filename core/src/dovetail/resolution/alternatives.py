@@ -57,6 +57,18 @@ def _steps(options: EngineOptions, registries: Registries, facts: ModelFacts | N
     return [] if length is None else [max(length, options.max_num_seqs)]
 
 
+def _platform_sections(
+    options: EngineOptions, registries: Registries, facts: ModelFacts | None
+) -> Iterator[Mapping[str, Any] | None]:
+    """What some platform would understand of the section; and none at all."""
+    given = options.platform_config or {}
+    for entry in registries.platforms.ranked():
+        understood = {key: value for key, value in given.items() if key in entry.manifest.defaults}
+        if understood:
+            yield understood
+    yield None
+
+
 def _sections(
     options: EngineOptions, registries: Registries, facts: ModelFacts | None
 ) -> Iterator[Mapping[str, Any] | None]:
@@ -113,6 +125,7 @@ OPTIONS: Mapping[str, Callable[[EngineOptions, Registries, ModelFacts | None], I
     "kv_cache_dtype": _kv_dtypes,
     "dtype": _dtypes,
     "max_model_len": _lengths,
+    "platform_config": _platform_sections,
     "speculative_config": _sections,
     "quantization": _quantizations,
     "platform": _platforms,

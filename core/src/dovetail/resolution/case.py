@@ -21,6 +21,7 @@ _AS_GIVEN = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "block_size",
+    "load_format",
     "enable_prefix_caching",
     "enable_chunked_prefill",
     "scheduling_policy",
@@ -92,7 +93,9 @@ class Case:
                 ),
             )
             decisions += drafter.decisions
+        platform_options, platform_gaps = platform.settings(options, chip.entry)
         reasons = [reason for decision in decisions for reason in decision.obstacles]
+        reasons += platform_gaps
         reasons += [*dtype_obstacles, *dtype.kv_gaps(options, chip, activation), *length_obstacles]
         config = None
         if not reasons:
@@ -114,6 +117,7 @@ class Case:
                 eos_token_ids=self._eos,
                 max_model_len=length,
                 kv_cache_memory=None if options.kv_cache_memory is None else int(options.kv_cache_memory * GIB),
+                platform_options=platform_options,
                 num_speculative_tokens=num_drafts,
                 spec_options=spec_options,
                 rejected={d.part: d.explained().rejected for d in decisions if d.rejected},

@@ -6,7 +6,7 @@ from typing import Any
 
 from dovetail.options import EngineOptions
 from dovetail.plugins.manifest import PlatformManifest
-from dovetail.plugins.registry import Registries
+from dovetail.plugins.registry import Entry, Registries, nearest
 from dovetail.resolution.decision import Decision, load, named
 
 
@@ -38,6 +38,21 @@ def decide(options: EngineOptions, registries: Registries) -> Decision[PlatformM
         if not auto and decision.rejected:
             decision.obstacles[-1] += " Repair that, or leave out --platform to use what is available."
     return decision
+
+
+def settings(options: EngineOptions, platform: Entry[PlatformManifest] | None) -> tuple[dict[str, Any], list[str]]:
+    """The platform's own section, and what is wrong with it. Values are the platform's to judge."""
+    given = options.platform_config or {}
+    if platform is None:
+        return {}, []
+    known = platform.manifest.defaults
+    unknown = [key for key in given if key not in known]
+    obstacles = [
+        f"--platform-config: platform {platform.name!r} of {platform.distribution} has no option {key!r}."
+        f"{nearest(key, list(known))} Known: {', '.join(known) or 'none'}."
+        for key in unknown
+    ]
+    return {**known, **given}, obstacles
 
 
 def _probe(cls: Any) -> str:

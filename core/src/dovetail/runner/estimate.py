@@ -11,10 +11,10 @@ import torch
 from dovetail.config import EngineConfig
 from dovetail.contracts.attention import AttentionSpec
 from dovetail.contracts.executor import KVGroup
-from dovetail.contracts.platform import Platform, PlatformConfig
+from dovetail.contracts.platform import Platform
 from dovetail.runner.draft_memory import draft_groups
 from dovetail.runner.kv_memory import blocks_per_request, groups_of
-from dovetail.runner.load import load_selection
+from dovetail.runner.load import load_selection, platform_config
 from dovetail.runner.loader import weight_files
 from dovetail.runner.tensor_file import TensorFile
 
@@ -39,7 +39,7 @@ def needed(config: EngineConfig, folder: Path) -> Need:
     Raises:
         DovetailError: weights or platform cannot be read.
     """
-    platform: Platform = load_selection(config.platform)(PlatformConfig(num_threads=config.num_threads))
+    platform: Platform = load_selection(config.platform)(platform_config(config))
     specs = _attention(config)
     weights = _weights(folder, getattr(torch, config.dtype))
     one_request = _one_request(config, specs, groups_of(specs))

@@ -9,7 +9,7 @@ import torch
 
 from dovetail.config import EngineConfig
 from dovetail.contracts.executor import Executor, ExecutorInfo, Progress
-from dovetail.contracts.platform import Platform, PlatformConfig
+from dovetail.contracts.platform import Platform
 from dovetail.contracts.specdec import SpecConfig, SpecDecoder
 from dovetail.errors import PluginLoadError, PluginRunError
 from dovetail.messages import StepPlan, StepResult
@@ -19,7 +19,7 @@ from dovetail.runner.checked_decoder import CheckedDecoder
 from dovetail.runner.draft_memory import bytes_beside_block, draft_blocks
 from dovetail.runner.draft_model import DraftRunner
 from dovetail.runner.forward import ForwardPass
-from dovetail.runner.load import load_selection
+from dovetail.runner.load import load_selection, platform_config
 from dovetail.runner.loaded_model import LoadedModel
 from dovetail.runner.proposer import Proposer
 from dovetail.runner.runner import ModelRunner
@@ -42,14 +42,14 @@ class LocalExecutor(Executor):
     def _load(self, progress: Progress) -> ExecutorInfo:
         config = self._config
         start = time.perf_counter()
-        platform: Platform = load_selection(config.platform)(PlatformConfig(num_threads=config.num_threads))
+        platform: Platform = load_selection(config.platform)(platform_config(config))
         ops = self_check.checked_ops(config.platform, platform, getattr(torch, config.dtype))
         main = LoadedModel.load(config, platform, ops, progress)
         drafter = None if config.draft is None else LoadedModel.load(config.draft, platform, ops, progress)
         groups = kv_memory.groups_of(main.facts.attention)
         bytes_per_block = main.block_bytes(groups)
         beside = 0 if drafter is None else bytes_beside_block(drafter, groups)
-        blocks = kv_memory.num_blocks(config, bytes_per_block + beside, groups, platform.memory().available)
+        blocks = kv_memory.num_blocks(config, bytes_per_block + beside, groups, platform.memory())
         tables = SlotTables(
             config.max_num_seqs, config.max_model_len, config.block_size, len(groups), platform.device
         )

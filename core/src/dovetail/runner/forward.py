@@ -69,7 +69,7 @@ class ForwardPass:
         self._compiled(bucket)(step, self._metadata(step))
 
     def _num_logits(self, bucket: Bucket) -> int:
-        return bucket.num_requests * self._logits_per_request
+        return min(bucket.num_tokens, bucket.num_requests * self._logits_per_request)
 
     def _metadata(self, step: StepTensors) -> list[Metadata]:
         return [self._backend.build_metadata(step, group) for group in range(self._num_groups)]

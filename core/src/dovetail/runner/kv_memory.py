@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dovetail.config import EngineConfig
 from dovetail.contracts.attention import AttentionBackend, AttentionSpec, KVCache
 from dovetail.contracts.executor import KVGroup
+from dovetail.contracts.platform import MemoryInfo
 from dovetail.errors import ConfigError
 from dovetail.kv.groups import group_layers, most_pages
 from dovetail.sizes import gib_up, size
 
-DEFAULT_SHARE = 4
-"""Without ``--kv-cache-memory`` the cache takes at most one part in this many of the free memory."""
+SHARED, DEDICATED = 0.25, 0.9
+"""Without ``--kv-cache-memory`` the cache takes at most this share of the free memory: other programs need the host's,
+and steps need some of a device's own."""
 
 
 def groups_of(specs: Sequence[AttentionSpec]) -> tuple[KVGroup, ...]:
@@ -38,19 +40,20 @@ def blocks_per_request(config: EngineConfig, groups: Sequence[KVGroup]) -> int:
     return sum(most_pages(group.window, config.max_model_len, step, config.block_size) for group in groups)
 
 
-def num_blocks(config: EngineConfig, bytes_per_block: int, groups: Sequence[KVGroup], available: int) -> int:
+def num_blocks(config: EngineConfig, bytes_per_block: int, groups: Sequence[KVGroup], memory: MemoryInfo) -> int:
     """Blocks of the pool, the null block included.
 
-    The default holds ``max_num_seqs`` full contexts, of which each group keeps what its window shows, within a quarter
-    of the ``available`` bytes.
+    The default holds ``max_num_seqs`` full contexts, of which each group keeps what its window shows, within a share
+    of the available memory.
 
     Raises:
         ConfigError: not even one request of ``max_model_len`` fits; the message says how much is missing.
     """
     per_request = blocks_per_request(config, groups)
     wanted = config.max_num_seqs * per_request + 1
+    available = memory.available
     if config.kv_cache_memory is None:
-        budget = min(wanted * bytes_per_block, available // DEFAULT_SHARE)
+        budget = min(wanted * bytes_per_block, int(available * (DEDICATED if memory.dedicated else SHARED)))
     else:
         budget = config.kv_cache_memory
         if budget > available:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dovetail.config import Selection
+from dovetail.config import EngineConfig, Selection
+from dovetail.contracts.platform import PlatformConfig
 from dovetail.plugins.target import import_target
 
 
@@ -15,3 +16,8 @@ def load_selection(selection: Selection) -> Any:
         PluginLoadError: the import failed; names the part, its owner, the cause and what to do.
     """
     return import_target(selection.target, selection.name, selection.owner, selection.distribution)
+
+
+def platform_config(config: EngineConfig) -> PlatformConfig:
+    """What a configuration says to its platform."""
+    return PlatformConfig(num_threads=config.num_threads, options=config.platform_options)

@@ -17,6 +17,7 @@ from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Platform, ShapePolicy
 from dovetail.errors import ModelLoadError
 from dovetail.runner import kv_memory, self_check
+from dovetail.runner.dummy_weights import fill_with_noise
 from dovetail.runner.forward import ForwardPass
 from dovetail.runner.load import load_selection
 from dovetail.runner.loader import load_weights
@@ -60,7 +61,10 @@ class LoadedModel:
         )
         with torch.inference_mode(), _naming_readers(config):
             model = model_class(config.hf_config, context)
-            load_weights(model, Path(config.model_path), progress)
+            if config.load_format == "dummy":
+                fill_with_noise(model, progress)
+            else:
+                load_weights(model, Path(config.model_path), progress)
         backend: AttentionBackend = load_selection(config.attention)(
             ops=ops,
             device=platform.device,

@@ -94,9 +94,11 @@ class Sampler:
         Right after a step the caches hold weights, not this code: every operation left out here counts.
         """
         tokens_S = self._ops.sample(logits_SV, ALL_GREEDY)
-        if not logits_SV.gather(1, tokens_S.unsqueeze(1)).isfinite().all():
+        finite_S = logits_SV.gather(1, tokens_S.unsqueeze(1)).isfinite().squeeze(1)
+        chosen = torch.where(finite_S, tokens_S, POISONED).tolist()  # the only wait for the device
+        if POISONED in chosen:
             return None
-        tokens = iter(tokens_S.tolist())
+        tokens = iter(chosen)
         token_ids = [[next(tokens)] if samples else [] for samples in plan.samples]
         return SampledStep(token_ids, [None] * len(token_ids))
 

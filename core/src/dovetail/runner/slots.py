@@ -104,9 +104,8 @@ class SlotTables:
         """Apply the plan's diffs: rows that enter, blocks that were added, drafts to verify."""
         for row in plan.new_rows:
             self._enter(row)
-        for slot, group, first, block_ids in plan.block_updates:
-            ids = torch.tensor(block_ids, dtype=torch.int32)
-            self.block_tables[group][slot, first : first + len(block_ids)] = ids.to(self._device)
+        if plan.block_updates:
+            self._add_blocks(plan.block_updates)
         for slot, drafts in zip(plan.slots, plan.drafts, strict=True):
             if drafts:
                 self._write(slot, int(self.num_tokens_S[slot]), drafts)
@@ -114,9 +113,9 @@ class SlotTables:
     def append(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> None:
         """Append verified tokens, one list per slot."""
         if all(len(ids) == 1 for ids in token_ids):
-            rows = torch.tensor(slots).to(self._device)
-            columns = torch.from_numpy(self.num_tokens_S[slots]).to(self._device)
-            self.tokens_SL[rows, columns] = torch.tensor(token_ids)[:, 0].to(self._device)
+            tokens = np.array(token_ids, dtype=np.int64)[:, 0]
+            rows_R, columns_R, tokens_R = self._upload(np.array(slots), self.num_tokens_S[slots], tokens)
+            self.tokens_SL[rows_R, columns_R] = tokens_R
             self.num_tokens_S[slots] += 1
             return
         for slot, ids in zip(slots, token_ids, strict=True):
@@ -131,35 +130,42 @@ class SlotTables:
         """
         max_seq_len = int(rows.seq_lens_R.max())
         query_len = int((rows.query_start_R1[1:] - rows.query_start_R1[:-1]).max())
-        slots_R = self._pad(rows.slots_R, bucket.num_requests)
-        slots_T = self._pad(rows.slots_R[rows.request_T], bucket.num_tokens)
-        positions_T = self._pad(rows.positions_T, bucket.num_tokens)
         num_pages = -(-max_seq_len // self._block_size) if num_logits is None else None
         total = int(rows.query_start_R1[-1])
+        slots_R, slots_T, positions_T, query_start_R1, seq_lens_R, logits_rows_S = self._upload(
+            _padded(rows.slots_R, bucket.num_requests),
+            _padded(rows.slots_R[rows.request_T], bucket.num_tokens),
+            _padded(rows.positions_T, bucket.num_tokens),
+            _padded(rows.query_start_R1, bucket.num_requests + 1, fill=total),
+            _padded(rows.seq_lens_R, bucket.num_requests),
+            _padded(rows.logits_rows_S, num_logits or len(rows.logits_rows_S)),
+        )
         return StepTensors(
             token_ids_T=self.tokens_SL[slots_T, positions_T],
             positions_T=positions_T,
-            query_start_R1=self._pad(rows.query_start_R1, bucket.num_requests + 1, fill=total).to(torch.int32),
-            seq_lens_R=self._pad(rows.seq_lens_R, bucket.num_requests).to(torch.int32),
+            query_start_R1=query_start_R1.to(torch.int32),
+            seq_lens_R=seq_lens_R.to(torch.int32),
             block_tables=[table[slots_R, :num_pages] for table in self.block_tables],
             slot_mapping=[self._slot_mapping(table, slots_T, positions_T, total) for table in self.block_tables],
-            logits_rows_S=self._pad(rows.logits_rows_S, num_logits or len(rows.logits_rows_S)),
+            logits_rows_S=logits_rows_S,
             max_query_len=query_len,
             max_seq_len=max_seq_len,
         )
 
     def padding_step(self, bucket: Bucket, num_logits: int) -> StepTensors:
         """A step of padding alone: what warm-up compiles and runs."""
-        zeros_T = self._pad(np.zeros(0, dtype=np.int64), bucket.num_tokens)
-        zeros_R = self._pad(np.zeros(0, dtype=np.int64), bucket.num_requests)
+        zeros_T, zeros_R, starts_R1, rows_S = (
+            torch.zeros(size, dtype=torch.int64, device=self._device)
+            for size in (bucket.num_tokens, bucket.num_requests, bucket.num_requests + 1, num_logits)
+        )
         return StepTensors(
             token_ids_T=zeros_T,
             positions_T=zeros_T,
-            query_start_R1=self._pad(np.zeros(1, dtype=np.int64), bucket.num_requests + 1).to(torch.int32),
+            query_start_R1=starts_R1.to(torch.int32),
             seq_lens_R=zeros_R.to(torch.int32),
             block_tables=[torch.full_like(table[zeros_R], NULL_BLOCK) for table in self.block_tables],
             slot_mapping=[zeros_T for _ in self.block_tables],
-            logits_rows_S=self._pad(np.zeros(0, dtype=np.int64), num_logits),
+            logits_rows_S=rows_S,
             max_query_len=0,
             max_seq_len=0,
         )
@@ -180,7 +186,28 @@ class SlotTables:
     def _write(self, slot: int, start: int, token_ids: Sequence[int]) -> None:
         self.tokens_SL[slot, start : start + len(token_ids)] = torch.tensor(token_ids).to(self._device)
 
-    def _pad(self, values: np.ndarray, size: int, fill: int = 0) -> Tensor:
-        if len(values) < size:
-            values = np.concatenate([values, np.full(size - len(values), fill, dtype=np.int64)])
-        return torch.from_numpy(values).to(self._device)
+    def _add_blocks(self, updates: Sequence[tuple[int, int, int, list[int]]]) -> None:
+        """One copy per group, however many requests grow."""
+        for group, table in enumerate(self.block_tables):
+            places = [
+                (slot, first + i, block)
+                for slot, of, first, blocks in updates
+                if of == group
+                for i, block in enumerate(blocks)
+            ]
+            if places:
+                slots, columns, blocks = self._upload(*np.array(places, dtype=np.int64).T)
+                table[slots, columns] = blocks.to(torch.int32)
+
+    def _upload(self, *columns: np.ndarray) -> Sequence[Tensor]:
+        """Several columns of int64 in one copy: to a device, each costs as much as all of them."""
+        sizes = [len(column) for column in columns]
+        return torch.split(torch.from_numpy(np.concatenate(columns)).to(self._device), sizes)
+
+
+def _padded(values: np.ndarray, size: int, fill: int = 0) -> np.ndarray:
+    if len(values) == size:
+        return values
+    padded = np.full(size, fill, dtype=np.int64)
+    padded[: len(values)] = values
+    return padded

@@ -443,7 +443,7 @@ class ExecutorSuite(Suite):
         executor = self.tested.cls(config)
         try:
             writer = PlanWriter(executor, executor.load(Progress()))
-            for slot, prompt in {**prompts, 1: [bad, *_prompt(30)]}.items():
+            for slot, prompt in {**prompts, 1: [bad, *_prompt(20)]}.items():
                 writer.enter(slot, prompt)
             result = writer.step({slot: row.left for slot, row in writer.rows.items()})
             self.equal(sorted(result.errors), [1], "columns with errors, where column 1 has logits of NaN")
