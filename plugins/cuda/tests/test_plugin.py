@@ -1,7 +1,10 @@
 from dovetail.plugins.host import PluginHost
 
 
-def test_loads_and_provides_nothing_yet():
+def test_provides_a_platform_and_its_attention():
     (status,) = [p for p in PluginHost().discover().plugins if p.name == "cuda"]
-    outcome = (status.distribution, status.state, status.error, status.provides)
-    assert outcome == ("dovetail-cuda", "loaded", None, {})
+    assert (status.distribution, status.state, status.error) == ("dovetail-cuda", "loaded", None)
+    assert {kind: list(names) for kind, names in status.provides.items()} == {
+        "platforms": ["cuda"],
+        "attention": ["triton"],
+    }

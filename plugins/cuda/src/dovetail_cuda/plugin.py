@@ -1,1 +1,62 @@
-"""The entry point of dovetail-cuda. It registers nothing yet."""
+"""What dovetail-cuda registers. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dovetail.hookspecs import Register, hookimpl
+from dovetail.plugins.manifest import AttentionManifest, PlatformManifest
+
+DTYPES = ("bfloat16", "float16", "float32")
+TRITON = ("triton>=3.4",)
+"""Not a dependency: builds of torch for CUDA bring the release that fits them."""
+OPS = frozenset(
+    {
+        "rms_norm",
+        "add_rms_norm",
+        "rotary",
+        "silu_and_mul",
+        "gelu_tanh_and_mul",
+        "moe_experts",
+        "write_kv",
+        "paged_attention",
+        "sample",
+    }
+)
+"""Operations that have a kernel, or a form that does not wait for the device."""
+
+
+@hookimpl
+def dovetail_register_platforms(register: Register[PlatformManifest]) -> None:
+    """One GPU of this machine."""
+    register(
+        PlatformManifest(
+            name="cuda",
+            summary="NVIDIA GPUs through CUDA.",
+            priority=100,
+            requires=TRITON,
+            device_type="cuda",
+            dtypes=DTYPES,
+            attention=("triton",),
+            ops=OPS,
+            defaults={"graphs": True},
+        ),
+        "dovetail_cuda.platform:CudaPlatform",
+    )
+
+
+@hookimpl
+def dovetail_register_attention_backends(register: Register[AttentionManifest]) -> None:
+    """Attention in Triton."""
+    register(
+        AttentionManifest(
+            name="triton",
+            summary="Paged attention in Triton; heads that share keys and values read them once.",
+            requires=TRITON,
+            device_types=("cuda",),
+            dtypes=DTYPES,
+            kv_dtypes=("auto", "float8_e4m3fn"),
+            sliding_window=True,
+            soft_cap=True,
+            verify=True,
+        ),
+        "dovetail_cuda.attention:TritonAttention",
+    )

@@ -1,0 +1,127 @@
+"""Kernels of dovetail-cuda against the device's own ceilings, measured in the same run.
+
+    python benchmarks/gpu/kernels.py
+
+The floor of a case is the larger of its bytes over the copy bandwidth and its operations over the rate of a large
+product. Each case runs in a graph over several sets of inputs, which together exceed the cache; medians.
+"""
+
+import torch
+import torch.nn.functional as F
+from triton.testing import do_bench
+
+from dovetail_cuda.kernels.activation import silu_and_mul
+from dovetail_cuda.kernels.attention import paged_attention
+from dovetail_cuda.kernels.experts import moe_experts
+from dovetail_cuda.kernels.norm import add_rms_norm
+
+DEVICE, DTYPE, PAGE = "cuda", torch.bfloat16, 16
+HEADS, KV_HEADS, HEAD_SIZE, WIDTH = 32, 8, 128, 4096  # of an 8B model
+EXPERTS, CHOICES, EXPERT_WIDTH, INNER = 128, 8, 2048, 768  # of a 30B mixture
+APART = 2**29
+"""Bytes that a case's inputs have together, at least."""
+
+
+def randn(*shape):
+    return torch.randn(shape, device=DEVICE, dtype=DTYPE)
+
+
+def ceilings():
+    x = torch.empty(2**31, dtype=torch.uint8, device=DEVICE).random_()
+    y, a = torch.empty_like(x), randn(8192, 8192)
+    copy = 2 * x.numel() / do_bench(lambda: y.copy_(x), return_mode="median") / 1e-3
+    product = 2 * 8192**3 / do_bench(lambda: a @ a, return_mode="median") / 1e-3
+    return copy, product
+
+
+def seconds(calls):
+    for call in calls:
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return do_bench(graph.replay, return_mode="median", rep=50) * 1e-3 / len(calls)
+
+
+def copies(size):
+    return range(max(1, min(16, -(-APART // size))))
+
+
+def attention(requests, length, queries):
+    pages = -(-length // PAGE)
+    table = (1 + torch.randperm(requests * pages, device=DEVICE)).int().view(requests, pages)
+    starts = torch.arange(requests + 1, device=DEVICE, dtype=torch.int32) * queries
+    lengths = torch.full((requests,), length, device=DEVICE, dtype=torch.int32)
+    q = randn(requests * queries, HEADS, HEAD_SIZE)
+    size = 4 * requests * length * KV_HEADS * HEAD_SIZE
+    caches = [randn(2, requests * pages + 1, KV_HEADS, PAGE, HEAD_SIZE).transpose(2, 3) for _ in copies(size)]
+    calls = [lambda c=c: paged_attention(q, *c, table, starts, lengths, HEAD_SIZE**-0.5) for c in caches]
+    dense = [randn(2, requests, KV_HEADS, length, HEAD_SIZE) for _ in caches]
+    q_RHTK = q.view(requests, queries, HEADS, HEAD_SIZE).transpose(1, 2)
+    causal = queries == length
+    peer = [
+        lambda kv=kv: F.scaled_dot_product_attention(q_RHTK, *kv, enable_gqa=True, is_causal=causal) for kv in dense
+    ]
+    visible = sum(length - queries + i + 1 for i in range(queries))
+    comparable = causal or queries == 1
+    return size + 4 * q.numel(), 4 * HEADS * HEAD_SIZE * requests * visible, calls, peer if comparable else None
+
+
+def experts(tokens):
+    weights = [(randn(EXPERTS, 2 * INNER, EXPERT_WIDTH), randn(EXPERTS, EXPERT_WIDTH, INNER))]
+    x = randn(tokens, EXPERT_WIDTH)
+    ids = torch.rand(tokens, EXPERTS, device=DEVICE).argsort(1)[:, :CHOICES].contiguous()
+    factors = torch.rand(tokens, CHOICES, device=DEVICE)
+    used = len(ids.unique())
+    size = used * 3 * INNER * EXPERT_WIDTH * 2
+    operations = tokens * CHOICES * 6 * INNER * EXPERT_WIDTH
+    return size, operations, [lambda w=w: moe_experts(x, *w, ids, factors) for w in weights], None
+
+
+def norm(tokens):
+    size = 8 * tokens * WIDTH
+    pairs = [(randn(tokens, WIDTH), randn(tokens, WIDTH)) for _ in copies(size)]
+    weight = randn(WIDTH)
+    return size, 0, [lambda p=p: add_rms_norm(*p, weight, 1e-5) for p in pairs], None
+
+
+def gate(tokens):
+    width = 14336
+    size = 6 * tokens * width
+    inputs = [randn(tokens, 2 * width) for _ in copies(size)]
+    return size, 0, [lambda x=x: silu_and_mul(x) for x in inputs], None
+
+
+CASES = {
+    "attention, decode 64 × 640": lambda: attention(64, 640, 1),
+    "attention, decode 1 × 384": lambda: attention(1, 384, 1),
+    "attention, decode 256 × 1088": lambda: attention(256, 1088, 1),
+    "attention, decode 8 × 4096": lambda: attention(8, 4096, 1),
+    "attention, decode 1 × 32768": lambda: attention(1, 32768, 1),
+    "attention, 3 drafts 64 × 640": lambda: attention(64, 640, 4),
+    "attention, prefill 1 × 2048": lambda: attention(1, 2048, 2048),
+    "attention, prefill 4 × 2048": lambda: attention(4, 2048, 2048),
+    "experts, 1 token": lambda: experts(1),
+    "experts, 64 tokens": lambda: experts(64),
+    "experts, 8192 tokens": lambda: experts(8192),
+    "add_rms_norm, 64 tokens": lambda: norm(64),
+    "add_rms_norm, 8192 tokens": lambda: norm(8192),
+    "silu_and_mul, 64 tokens": lambda: gate(64),
+    "silu_and_mul, 8192 tokens": lambda: gate(8192),
+}
+
+
+def main():
+    copy, product = ceilings()
+    print(f"{torch.cuda.get_device_name()}: copy {copy / 1e9:.0f} GB/s, product {product / 1e12:.0f} TFLOP/s")
+    print("| case | floor, µs | measured, µs | of the floor | torch, dense, µs |\n|---|---|---|---|---|")
+    for name, case in CASES.items():
+        size, operations, calls, peer = case()
+        floor, took = max(size / copy, operations / product), seconds(calls)
+        other = f"{seconds(peer) * 1e6:.1f}" if peer else ""
+        print(f"| {name} | {floor * 1e6:.1f} | {took * 1e6:.1f} | {floor / took:.0%} | {other} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""NVIDIA GPUs through CUDA as a platform."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dovetail.contracts.platform import (
+    Bucket,
+    MemoryInfo,
+    Platform,
+    PlatformConfig,
+    Probe,
+    ShapePolicy,
+    StepFunction,
+)
+from dovetail.errors import ConfigError
+from dovetail_cuda.graphs import GraphPool, GraphStep
+from dovetail_cuda.shapes import GRAPH_TOKENS, GraphShapes
+
+DRIVER = Path("/proc/driver/nvidia")
+OLDEST = (8, 0)
+"""Compute capability of the first chips that multiply bfloat16."""
+
+
+class CudaPlatform(Platform):
+    """One GPU: the first that ``CUDA_VISIBLE_DEVICES`` shows."""
+
+    @classmethod
+    def probe(cls) -> Probe:
+        """Asks the driver's files and its management library; no context is made."""
+        if torch.version.cuda is None:
+            return Probe(
+                available=False,
+                reason=f"torch {torch.__version__} is a build without CUDA; install one with it "
+                "(https://pytorch.org/get-started/locally)",
+            )
+        count = torch.cuda.device_count()
+        if not count:
+            return Probe(available=False, reason=_why_none())
+        return Probe(available=True, facts={"devices": str(count), "CUDA": torch.version.cuda, **_driver_facts()})
+
+    def __init__(self, config: PlatformConfig) -> None:
+        if config.num_threads is not None:
+            if config.num_threads < 1:
+                raise ConfigError(f"--num-threads is {config.num_threads}; it must be at least 1.")
+            torch.set_num_threads(config.num_threads)
+        graphs = config.options.get("graphs", True)
+        if not isinstance(graphs, bool):
+            raise ConfigError(f"--platform-config has graphs {graphs!r}; it must be true or false.")
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        capability = torch.cuda.get_device_capability(self._device)
+        if capability < OLDEST:
+            found, needed = (".".join(map(str, version)) for version in (capability, OLDEST))
+            name = torch.cuda.get_device_name(self._device)
+            raise ConfigError(f"{name} has compute capability {found}, and {needed} is needed; use another --platform.")
+        self._pool = GraphPool(self._device) if graphs else None
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU."""
+        return self._device
+
+    def memory(self) -> MemoryInfo:
+        """Free memory, with what torch keeps for allocations to come."""
+        free, total = torch.cuda.mem_get_info(self._device)
+        kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return MemoryInfo(total=total, available=free + kept, dedicated=True)
+
+    @classmethod
+    def default_dtype(cls, checkpoint_dtype: torch.dtype) -> torch.dtype:
+        """The checkpoint's, but never more than fp32."""
+        known = (torch.bfloat16, torch.float16, torch.float32)
+        return checkpoint_dtype if checkpoint_dtype in known else torch.float32
+
+    def ops(self, dtype: torch.dtype) -> Mapping[str, Callable[..., Any]]:
+        """Kernels in Triton."""
+        from dovetail_cuda.ops import table  # Triton is there, or this platform would not have been chosen
+
+        return table()
+
+    def shape_policy(self, max_tokens: int, max_requests: int) -> ShapePolicy:
+        """One size per number of tokens."""
+        return GraphShapes(max_tokens, max_requests)
+
+    def compile(self, step: StepFunction, bucket: Bucket) -> StepFunction:
+        """A graph for small steps; large ones keep the device busy while the host launches."""
+        if self._pool is None or bucket.num_tokens > GRAPH_TOKENS:
+            return step
+        return GraphStep(step, self._pool)
+
+
+def _why_none() -> str:
+    if DRIVER.exists():
+        return "the driver shows no GPU to this process; check CUDA_VISIBLE_DEVICES and nvidia-smi"
+    return "this machine has no NVIDIA driver; install it, or give the container access to the GPU (docker --gpus all)"
+
+
+def _driver_facts() -> Mapping[str, str]:
+    """Names of the chips and the driver's version, where the driver tells them."""
+    facts = {}
+    models = [path.read_text() for path in sorted(DRIVER.glob("gpus/*/information"))]
+    names = [match[1].strip() for text in models if (match := re.search(r"^Model:(.*)$", text, re.MULTILINE))]
+    if names:
+        facts["chips"] = ", ".join(names)
+    version = DRIVER / "version"
+    if version.exists() and (match := re.search(r"Kernel Module\D*([\d.]+)", version.read_text())):
+        facts["driver"] = match[1]
+    return facts

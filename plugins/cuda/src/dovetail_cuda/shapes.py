@@ -1,0 +1,54 @@
+"""GraphShapes: which step sizes exist on the platform."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from dovetail.contracts.platform import Bucket, ShapePolicy
+
+GRAPH_TOKENS = 512
+"""Largest step that is captured as a graph; above, the device computes longer than the host takes to launch."""
+_STEPS_PER_OCTAVE = 4
+_SMALLEST_STEP = 8
+
+
+class GraphShapes(ShapePolicy):
+    """One size per number of tokens: requests are padded to as many, or to all that may run.
+
+    Any mix of decodes, drafts and short prompts of up to n tokens shares the bucket ``(n, n)``, so there is one graph
+    per rung. From 16 tokens on, a rung is at most a quarter above the one below.
+    """
+
+    static = True
+
+    def __init__(self, max_tokens: int, max_requests: int) -> None:
+        self._tokens = rungs(max_tokens)
+        self._max_requests = max_requests
+
+    def fit(self, num_tokens: int, num_requests: int) -> Bucket:
+        """The next rung.
+
+        Raises:
+            ValueError: the step exceeds the largest one.
+        """
+        size = max(num_tokens, num_requests)
+        if size > self._tokens[-1] or num_requests > self._max_requests:
+            raise ValueError(f"{num_tokens} tokens of {num_requests} requests exceed the largest step.")
+        tokens = self._tokens[bisect_left(self._tokens, size)]
+        return Bucket(tokens, min(tokens, self._max_requests))
+
+    def ladder(self) -> Sequence[Bucket]:
+        """Every rung."""
+        return [Bucket(tokens, min(tokens, self._max_requests)) for tokens in reversed(self._tokens)]
+
+
+def rungs(largest: int) -> list[int]:
+    """1, 2, 4, 8, then steps of 8 or of a quarter of an octave, up to ``largest``, which need not be one of them."""
+    sizes = [1, 2, 4]
+    size = _SMALLEST_STEP
+    while size < largest:
+        sizes.append(size)
+        octave = 1 << (size.bit_length() - 1)
+        size += max(_SMALLEST_STEP, octave // _STEPS_PER_OCTAVE)
+    return [*(size for size in sizes if size < largest), largest]
