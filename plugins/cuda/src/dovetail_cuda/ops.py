@@ -8,8 +8,10 @@ from typing import Any
 from dovetail_cuda.kernels.activation import gelu_tanh_and_mul, silu_and_mul
 from dovetail_cuda.kernels.attention import paged_attention
 from dovetail_cuda.kernels.cache import write_kv
+from dovetail_cuda.kernels.experts import moe_experts
 from dovetail_cuda.kernels.norm import add_rms_norm, rms_norm
 from dovetail_cuda.kernels.rotary import rotary
+from dovetail_cuda.sampling import sample
 
 
 def table() -> Mapping[str, Callable[..., Any]]:
@@ -20,6 +22,8 @@ def table() -> Mapping[str, Callable[..., Any]]:
         "rotary": rotary,
         "silu_and_mul": silu_and_mul,
         "gelu_tanh_and_mul": gelu_tanh_and_mul,
+        "moe_experts": moe_experts,
         "write_kv": write_kv,
         "paged_attention": paged_attention,
+        "sample": sample,
     }

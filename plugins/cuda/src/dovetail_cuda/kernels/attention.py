@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SEARCHED: tl.constexpr = tl.constexpr(128)
-"""Requests that a program looks at together while it searches for its own."""
+from dovetail_cuda.kernels.segments import segment_of
+
 MAX_SPLITS = 64
 FEW = 512
 """Steps of more tokens hold prompts, however many requests their bucket has room for."""
@@ -212,7 +212,7 @@ def _attend_kernel(
     PRECISION: tl.constexpr,
 ) -> None:
     kv_head, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    request = _request_of(tile, starts_ptr, starts_stride, num_requests, QUERIES)
+    request = segment_of(tile, starts_ptr, starts_stride, num_requests + 1, QUERIES)
     start = tl.load(starts_ptr + request * starts_stride)
     is_padding = request == num_requests  # tokens after the last request's
     end = tl.load(starts_ptr + (request + 1) * starts_stride, mask=request < num_requests, other=num_tokens)
@@ -278,24 +278,6 @@ def _attend_kernel(
         part = split.to(tl.int64) * num_tokens * HEADS
         tl.store(out_ptr + (part * SIZE + places)[:, None] + dims[None, :], out, mask=out_mask)
         tl.store(sums_ptr + part + token * HEADS + head, best + tl.log2(total), mask=row_mask)
-
-
-@triton.jit
-def _request_of(
-    tile: tl.tensor,
-    starts_ptr: tl.tensor,
-    starts_stride: tl.tensor,
-    num_requests: tl.tensor,
-    QUERIES: tl.constexpr,
-) -> tl.tensor:
-    """Request ``r`` has the tiles from ``starts[r] // QUERIES + r`` on, which leaves room for a rest in each."""
-    request = -1
-    for first in range(0, num_requests + 1, SEARCHED):
-        candidates = first + tl.arange(0, SEARCHED)
-        exists = candidates <= num_requests
-        starts = tl.load(starts_ptr + candidates * starts_stride, mask=exists, other=0)
-        request += tl.sum((exists & (starts // QUERIES + candidates <= tile)).to(tl.int32), axis=0)
-    return request
 
 
 @triton.jit
