@@ -237,7 +237,8 @@ def test_platform_that_cannot_be_used(examine, site, body, expected):
     install(site, "warp", PLUGIN)
     code, found = examine()
     assert code == 0, "nobody asked for it"
-    assert expected in only(found["platforms"], "warning")
+    others = [line for line in found["platforms"] if line["found"].startswith("warp ")]  # others may be lacking, too
+    assert expected in only(others, "warning")
     code, found = examine("--platform", "warp")
     assert code == 1
     assert expected in only(found["platforms"], "problem")

@@ -36,7 +36,13 @@ def test_defaults_are_the_dataclasses():
 
 
 EXAMPLES = {int: 3, float: 1.5, str: "text", dict: {"method": "x"}, bool: None}
-CHECKED = {"max_num_batched_tokens": 100, "dtype": "float32", "scheduling_policy": "priority", "log_level": "debug"}
+CHECKED = {
+    "load_format": "dummy",
+    "max_num_batched_tokens": 100,
+    "dtype": "float32",
+    "scheduling_policy": "priority",
+    "log_level": "debug",
+}
 
 
 @pytest.mark.parametrize("cls", [EngineOptions, ServerOptions])

@@ -35,7 +35,8 @@ def rows(config: EngineConfig, info: ExecutorInfo, asked: Container[str]) -> Ite
     def row(title: str, text: str, *options: str) -> Row:
         return Row(title, text, any(option in asked for option in options))
 
-    yield row("model", _part(config.model), "model", "revision")
+    filled = ", random weights" if config.load_format == "dummy" else ""
+    yield row("model", _part(config.model) + filled, "model", "revision", "load_format")
     own = ", ".join(f"{name} {value}" for name, value in config.platform_options.items())
     yield row("platform", ", ".join(filter(None, (_part(config.platform), own))), "platform", "platform_config")
     yield row("attention", _part(config.attention), "attention")
