@@ -211,7 +211,8 @@ def _attend_kernel(
     SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    kv_head, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_head, split = tl.program_id(0), tl.program_id(2)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # a prompt's last tiles see most, so they start first
     request = segment_of(tile, starts_ptr, starts_stride, num_requests + 1, QUERIES)
     start = tl.load(starts_ptr + request * starts_stride)
     is_padding = request == num_requests  # tokens after the last request's
