@@ -108,6 +108,6 @@ def _driver_facts() -> Mapping[str, str]:
     if names:
         facts["chips"] = ", ".join(names)
     version = DRIVER / "version"
-    if version.exists() and (match := re.search(r"Kernel Module\D*([\d.]+)", version.read_text())):
+    if version.exists() and (match := re.search(r"Kernel Module.*?(\d+\.[\d.]+)", version.read_text())):
         facts["driver"] = match[1]
     return facts
