@@ -37,7 +37,7 @@ def test_facts_come_from_the_drivers_files(driver, monkeypatch):
     for name in ("0", "1"):
         (driver / "gpus" / name).mkdir(parents=True)
         (driver / "gpus" / name / "information").write_text(f"Model: \t\t Chip {name}\nIRQ: 5\n")
-    (driver / "version").write_text("NVRM version: Open Kernel Module for x86_64  580.159.04  Release\nGCC version: 12\n")
+    (driver / "version").write_text("NVRM version: Open Kernel Module for x86_64  580.159.04\nGCC version: 12\n")
     probe = CudaPlatform.probe()
     assert probe.available
     assert probe.facts == {"devices": "2", "CUDA": "13.0", "chips": "Chip 0, Chip 1", "driver": "580.159.04"}
