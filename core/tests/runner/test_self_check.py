@@ -42,7 +42,9 @@ def check(backend, *specs, platform=ReferencePlatform, **changes):
         kv_dtype=getattr(torch, settings.kv_dtype),
         block_size=settings.block_size,
     )
-    check_attention(settings, platform(PlatformConfig()), made, specs or (PLAIN, WINDOWED, CAPPED))
+    chip = platform(PlatformConfig())
+    shapes = chip.shape_policy(settings.max_num_batched_tokens, settings.max_num_seqs)
+    check_attention(settings, chip.device, shapes, made, specs or (PLAIN, WINDOWED, CAPPED))
 
 
 @pytest.mark.parametrize("backend", [ReferenceAttention, BlockedAttention, CpuAttention])

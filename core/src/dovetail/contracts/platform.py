@@ -196,7 +196,7 @@ class Platform(ABC):
     def shape_policy(self, max_tokens: int, max_requests: int) -> ShapePolicy:
         """Which step sizes exist, given the largest step.
 
-        Phase: load. Order: 4. Times: for the start-up checks, and once more. May raise: ConfigError.
+        Phase: load. Order: 4. Times: once. May raise: ConfigError.
         """
         ...
 

@@ -44,8 +44,9 @@ class LocalExecutor(Executor):
         start = time.perf_counter()
         platform: Platform = load_selection(config.platform)(platform_config(config))
         ops = self_check.checked_ops(config.platform, platform, getattr(torch, config.dtype))
-        main = LoadedModel.load(config, platform, ops, progress)
-        drafter = None if config.draft is None else LoadedModel.load(config.draft, platform, ops, progress)
+        shapes = platform.shape_policy(config.max_num_batched_tokens, config.max_num_seqs)
+        main = LoadedModel.load(config, platform, ops, shapes, progress)
+        drafter = None if config.draft is None else LoadedModel.load(config.draft, platform, ops, shapes, progress)
         groups = kv_memory.groups_of(main.facts.attention)
         bytes_per_block = main.block_bytes(groups)
         beside = 0 if drafter is None else bytes_beside_block(drafter, groups)
@@ -53,7 +54,6 @@ class LocalExecutor(Executor):
         tables = SlotTables(
             config.max_num_seqs, config.max_model_len, config.block_size, len(groups), platform.device
         )
-        shapes = platform.shape_policy(config.max_num_batched_tokens, config.max_num_seqs)
         forward = main.forward_pass(groups, blocks, tables, shapes, 1 + config.num_speculative_tokens)
         draft = None
         if drafter is not None:

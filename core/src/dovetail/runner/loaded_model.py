@@ -47,7 +47,9 @@ class LoadedModel:
     backend: AttentionBackend
 
     @classmethod
-    def load(cls, config: EngineConfig, platform: Platform, ops: OpTable, progress: Progress) -> LoadedModel:
+    def load(
+        cls, config: EngineConfig, platform: Platform, ops: OpTable, shapes: ShapePolicy, progress: Progress
+    ) -> LoadedModel:
         """Build the model that a configuration names, fill it from its checkpoint, and build its backend."""
         dtype: torch.dtype = getattr(torch, config.dtype)
         model_class: type[Model] = load_selection(config.model)
@@ -73,7 +75,7 @@ class LoadedModel:
             block_size=config.block_size,
         )
         facts = model_class.facts(config.hf_config)
-        self_check.check_attention(config, platform, backend, facts.attention)
+        self_check.check_attention(config, platform.device, shapes, backend, facts.attention)
         return cls(config, platform, facts, model, backend)
 
     def block_bytes(self, groups: Sequence[KVGroup]) -> int:

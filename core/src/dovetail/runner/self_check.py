@@ -72,11 +72,16 @@ def _check_claimed_ops(part: Selection, platform: Platform, given: set[str], cla
 
 @torch.inference_mode()
 def check_attention(
-    config: EngineConfig, platform: Platform, backend: AttentionBackend, specs: Sequence[AttentionSpec]
+    config: EngineConfig,
+    device: torch.device,
+    shapes: ShapePolicy,
+    backend: AttentionBackend,
+    specs: Sequence[AttentionSpec],
 ) -> None:
     """Run each kind of layer on a ragged batch: a prompt's later chunk, a decode, drafts to verify, a whole prompt.
 
     Args:
+        device, shapes: of the platform.
         specs: one per layer.
 
     Raises:
@@ -84,14 +89,13 @@ def check_attention(
     """
     part = config.attention
     groups = groups_of(specs)
-    shapes = platform.shape_policy(config.max_num_batched_tokens, config.max_num_seqs)
     batch = TinyBatch(
         block_size=config.block_size,
         max_requests=config.max_num_seqs,
         max_tokens=config.max_num_batched_tokens,
         max_len=config.max_model_len,
         num_groups=len(groups),
-        device=platform.device,
+        device=device,
         dtype=getattr(torch, config.dtype),
         kv_dtype=getattr(torch, config.kv_dtype),
     )
