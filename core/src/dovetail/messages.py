@@ -42,7 +42,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     extras: Extras = {}
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log-probabilities at one position.
 
     Attributes:
@@ -68,7 +68,7 @@ class RequestTimes(msgspec.Struct, frozen=True, array_like=True):
     last_token: float
 
 
-class RequestOutputDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class RequestOutputDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """What one step added to one request.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import threading
@@ -97,6 +98,8 @@ class LLM:
         except BaseException:
             executor.close()
             raise
+        gc.collect()
+        gc.freeze()  # what start-up made stays until close(): each look at it would cost many steps
 
     def __enter__(self) -> LLM:
         return self
@@ -109,6 +112,7 @@ class LLM:
     def close(self) -> None:
         """Release the device. Idempotent; nothing else may be called afterwards."""
         self._engine.close()
+        gc.unfreeze()
 
     def stats(self) -> EngineStats:
         """Counters and gauges of the engine: steps, preemptions, prefix hits, drafts proposed and accepted."""

@@ -164,17 +164,22 @@ class OutputProcessor:
         child = self._children.get(delta.request_id)
         if child is None:
             return None
-        self._note_prompt(child, delta)
-        text, count, stop = self._text(child, delta)
+        output, token_ids = child.output, delta.new_token_ids
+        if not output.token_ids:  # only a first delta has news of the prompt
+            self._note_prompt(child, delta)
+        text, stop = "", None
+        if child.detokenizer is not None:
+            text, count, stop = self._text(child, child.detokenizer, delta)
+            token_ids = token_ids[:count]
         new = CompletionDelta(
-            index=child.output.index,
+            index=output.index,
             text=text,
-            token_ids=delta.new_token_ids[:count],
-            logprobs=self._new_logprobs(child, delta, count),
-            finish_reason="stop" if stop is not None else delta.finish_reason,
-            stop_reason=stop if stop is not None else delta.stop_reason,
+            token_ids=token_ids,
+            logprobs=None if output.logprobs is None else self._new_logprobs(delta, len(token_ids)),
+            finish_reason=delta.finish_reason if stop is None else "stop",
+            stop_reason=delta.stop_reason if stop is None else stop,
         )
-        _accumulate(child.output, new)
+        _accumulate(output, new)
         if new.finish_reason is not None:
             self._finish(child, delta)
         # A request that ended by itself in the same step needs no abort.
@@ -210,13 +215,10 @@ class OutputProcessor:
             ]
 
     @staticmethod
-    def _text(child: _Child, delta: RequestOutputDelta) -> tuple[str, int, str | None]:
+    def _text(child: _Child, detokenizer: Detokenizer, delta: RequestOutputDelta) -> tuple[str, int, str | None]:
         """The delta's text, how many of its tokens count, and the stop string that was hit."""
         tokens = delta.new_token_ids
         count = len(tokens)
-        detokenizer = child.detokenizer
-        if detokenizer is None:
-            return "", count, None
         # The token that made the engine stop is part of the tokens, but of the text only on demand.
         shown = count - (delta.finish_reason == "stop" and not child.params.include_stop_str_in_output)
         if child.stops is None:
@@ -224,11 +226,7 @@ class OutputProcessor:
             return (text if delta.finish_reason is None else text + detokenizer.flush()), count, None
         return _text_until_stop(child, child.stops, detokenizer, delta, shown)
 
-    def _new_logprobs(
-        self, child: _Child, delta: RequestOutputDelta, count: int
-    ) -> list[LogprobsAtPosition] | None:
-        if child.output.logprobs is None:
-            return None
+    def _new_logprobs(self, delta: RequestOutputDelta, count: int) -> list[LogprobsAtPosition]:
         return [self._logprobs(entry) for entry in (delta.logprobs or [])[:count]]
 
     def _logprobs(self, entry: TokenLogprobs) -> LogprobsAtPosition:

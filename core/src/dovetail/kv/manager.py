@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 from dovetail.contracts.executor import ExecutorInfo
@@ -118,6 +119,7 @@ class KVCacheManager:
     def cache(self, table: BlockTable, token_ids: Sequence[int], num_verified: int) -> None:
         """Offer later requests the full pages of the first ``num_verified`` (computed, accepted) tokens."""
         if not self._caching:
+            table.full_at = sys.maxsize
             return
         end = num_verified // self.block_size
         extend_chain(table.hashes, table.root, token_ids, self.block_size)
@@ -126,6 +128,7 @@ class KVCacheManager:
                 if ids[page] != NULL_BLOCK:
                     self.pool.register(ids[page], (group, table.hashes[page]))
         table.num_cached = end
+        table.full_at = (end + 1) * self.block_size
 
     def forget(self, table: BlockTable) -> None:
         """Let nobody find this request's pages any more: what they hold is not sound."""

@@ -12,11 +12,12 @@ class BlockTable:
         blocks: per KV group, one block id per page; all groups have equally many pages.
         capacity: tokens that the pages can store.
         num_cached: leading pages whose content was offered to the prefix cache.
+        full_at: verified tokens from which on there is a page to offer; 0 asks the manager.
         num_slid: per KV group, leading pages that slid out of the window.
         slides_at: computed tokens at which the next page slides out of a window.
     """
 
-    __slots__ = ("blocks", "capacity", "hashes", "num_cached", "num_slid", "root", "slides_at")
+    __slots__ = ("blocks", "capacity", "full_at", "hashes", "num_cached", "num_slid", "root", "slides_at")
 
     def __init__(self, num_groups: int, root: bytes) -> None:
         self.root = root
@@ -24,6 +25,7 @@ class BlockTable:
         self.blocks: list[list[int]] = [[] for _ in range(num_groups)]
         self.capacity = 0
         self.num_cached = 0
+        self.full_at = 0
         self.num_slid = [0] * num_groups
         self.slides_at = 0
 
@@ -32,4 +34,4 @@ class BlockTable:
         for ids in self.blocks:
             ids.clear()
         self.num_slid = [0] * len(self.blocks)
-        self.capacity = self.num_cached = self.slides_at = 0
+        self.capacity = self.num_cached = self.full_at = self.slides_at = 0
