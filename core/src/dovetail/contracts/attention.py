@@ -68,6 +68,42 @@ class StepTensors:
     max_seq_len: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Preparation:
+    """What a layer does to its projection before attention: optional norms of queries and keys, then rotary positions.
+
+    Attributes:
+        cos_sin_PK: as ``ops.rotary`` takes it: float32 ``[positions, rotary_dim]``, cosines, then sines.
+        norm_weights_K: ``[K]`` each, by which every head's queries and keys are normalised, in the activation dtype or
+            float32; None does not normalise them.
+        eps: of these norms.
+        ops: the engine's operations.
+    """
+
+    cos_sin_PK: Tensor
+    norm_weights_K: tuple[Tensor, Tensor] | None = None
+    eps: float = 0.0
+    ops: OpTable
+
+    def heads(self, qkv_TE: Tensor, positions_T: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
+        """The projection as queries, keys and values for attention, by operations of the table: what a backend that
+        does it in one go must agree with. Results are rounded to the activation dtype after each operation.
+
+        Args:
+            qkv_TE: ``[T, (H + 2 N) × K]``: queries, keys, values. Its content is unspecified afterwards.
+            positions_T: int64 row of ``cos_sin_PK`` for each token.
+            spec: of the layer.
+        """
+        counts = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
+        q_THK, k_TNK, v_TNK = qkv_TE.view(-1, sum(counts), spec.head_size).split_with_sizes(counts, 1)
+        if self.norm_weights_K is not None:
+            q_weight_K, k_weight_K = self.norm_weights_K
+            rms_norm = self.ops.rms_norm
+            q_THK, k_TNK = rms_norm(q_THK, q_weight_K, self.eps), rms_norm(k_TNK, k_weight_K, self.eps)
+        q_THK, k_TNK = self.ops.rotary(q_THK, k_TNK, positions_T, self.cos_sin_PK)
+        return q_THK, k_TNK, v_TNK
+
+
 class AttentionBackend(ABC):
     """Attention of one engine. The manifest declares what it supports; the resolver has checked it before."""
 
@@ -126,3 +162,28 @@ class AttentionBackend(ABC):
             ``[T, H × K]`` in the activation dtype; rows of padding tokens are unspecified but finite.
         """
         ...
+
+    def forward_projected(
+        self,
+        qkv_TE: Tensor,
+        positions_T: Tensor,
+        preparation: Preparation,
+        cache: KVCache,
+        metadata: Metadata,
+        spec: AttentionSpec,
+    ) -> Tensor:
+        """:meth:`forward` of a layer's projection, which is still to be prepared.
+
+        Phase: step. Order: 4. Times: per layer that leaves its preparation to the backend. May raise: nothing.
+
+        Override it where one kernel can normalise, rotate and store. The default runs the operations one by one.
+
+        Args:
+            qkv_TE: ``[T, (H + 2 N) × K]`` in the activation dtype: queries, keys, values; rows may be strided. It is
+                the backend's to overwrite.
+            positions_T: int64 row of the preparation's table for each token.
+
+        Returns:
+            As :meth:`forward`, of what :meth:`Preparation.heads` gives.
+        """
+        return self.forward(*preparation.heads(qkv_TE, positions_T, spec), cache, metadata, spec)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dovetail.contracts.attention import AttentionSpec
+from dovetail.contracts.attention import AttentionSpec, Preparation
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.quant import QuantMethod
 
@@ -57,6 +57,14 @@ class StepAttention(Protocol):
 
     def __call__(self, layer: int, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
         """Store k and v, attend, and return ``[T, H × K]``."""
+        ...
+
+
+class ProjectedAttention(StepAttention, Protocol):
+    """The form that the core passes: it also takes projections that are still to be prepared."""
+
+    def projected(self, layer: int, qkv_TE: Tensor, positions_T: Tensor, preparation: Preparation) -> Tensor:
+        """Prepare, store, attend, and return ``[T, H × K]``; the content of ``qkv`` is unspecified afterwards."""
         ...
 
 

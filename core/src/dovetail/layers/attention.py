@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dovetail.contracts.attention import AttentionSpec
+from dovetail.contracts.attention import AttentionSpec, Preparation
 from dovetail.contracts.model import ModelContext, StepAttention
 from dovetail.layers.linear import Linear, MergedLinear
 from dovetail.layers.norm import RMSNorm
@@ -47,20 +47,28 @@ class SelfAttention(nn.Module):
         if qk_norm_eps is not None:
             self.q_norm = RMSNorm(context, size, qk_norm_eps, offset=norm_offset)
             self.k_norm = RMSNorm(context, size, qk_norm_eps, offset=norm_offset)
-        self._norms = None if qk_norm_eps is None else (self.q_norm.forward, self.k_norm.forward)
         self._layer = layer
-        self._heads = [heads, kv_heads, kv_heads]
-        self._shape = (-1, heads + 2 * kv_heads, size)
+        self._spec = spec
         self._cos_sin_PK = cos_sin_PK
-        self._rotary = context.ops.rotary
+        self._qk_norm_eps = qk_norm_eps
+        self._ops = context.ops
+        self._preparation: Preparation | None = None
         self._qkv = self.qkv_proj.forward
         self._output = self.o_proj.forward
 
     def forward(self, x_TD: Tensor, positions_T: Tensor, attend: StepAttention) -> Tensor:
         """``[T, D]`` to ``[T, D]``."""
-        q_THK, k_TNK, v_TNK = self._qkv(x_TD).view(self._shape).split_with_sizes(self._heads, 1)
-        if self._norms is not None:
-            q_norm, k_norm = self._norms
-            q_THK, k_TNK = q_norm(q_THK), k_norm(k_TNK)
-        q_THK, k_TNK = self._rotary(q_THK, k_TNK, positions_T, self._cos_sin_PK)
-        return self._output(attend(self._layer, q_THK, k_TNK, v_TNK))
+        preparation = self._preparation or self._prepare()
+        qkv_TE = self._qkv(x_TD)
+        projected = getattr(attend, "projected", None)  # a plain function has none
+        if projected is None:
+            return self._output(attend(self._layer, *preparation.heads(qkv_TE, positions_T, self._spec)))
+        return self._output(projected(self._layer, qkv_TE, positions_T, preparation))
+
+    def _prepare(self) -> Preparation:
+        """Made in the first step, when the weights are there."""
+        weights = None if self._qk_norm_eps is None else (self.q_norm.learned, self.k_norm.learned)
+        self._preparation = Preparation(
+            cos_sin_PK=self._cos_sin_PK, norm_weights_K=weights, eps=self._qk_norm_eps or 0.0, ops=self._ops
+        )
+        return self._preparation

@@ -29,6 +29,12 @@ class RMSNorm(Block):
         self._add_rms_norm = context.ops.add_rms_norm
         self._weight_D: Tensor | None = None
 
+    @property
+    def learned(self) -> Tensor:
+        """The weight ``[D]`` with the offset; there once it is loaded."""
+        assert self._weight_D is not None, "the weight is not loaded yet"
+        return self._weight_D
+
     def accept(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep the weight, with the offset."""
         self._weight_D = tensors["weight"] + self._offset if self._offset else tensors["weight"]

@@ -12,6 +12,7 @@ from dovetail.contracts.executor import KVGroup
 from dovetail.contracts.model import Model
 from dovetail.contracts.platform import Bucket, Platform, ShapePolicy, StepFunction
 from dovetail.messages import StepPlan
+from dovetail.runner.bound_attention import BoundAttention
 from dovetail.runner.slots import SlotTables, StepRows
 
 
@@ -81,10 +82,6 @@ class ForwardPass:
         return step
 
     def _forward(self, step: StepTensors, metadata: Sequence[Metadata]) -> tuple[Tensor, Tensor]:
-        forward, caches, specs, group_of = self._backend.forward, self._caches, self._specs, self._group_of
-
-        def attend(layer: int, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
-            return forward(q_THK, k_TNK, v_TNK, caches[layer], metadata[group_of[layer]], specs[layer])
-
+        attend = BoundAttention(self._backend, self._caches, metadata, self._specs, self._group_of)
         hidden_TD = self.model.forward(step.token_ids_T, step.positions_T, attend)
         return hidden_TD, self.model.logits(hidden_TD[step.logits_rows_S])
