@@ -70,6 +70,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         vocab_size: rows of the output head.
         eos_token_ids: from generation_config.json, else config.json.
         kv_cache_memory: bytes, or None for the default rule.
+        memory_fraction: share of the device's own memory that the engine may take, or None for the default.
+        compile_cache: folder that outlives the engine, for what the platform compiles; None keeps nothing.
+        eager: run each operation as it comes.
+        async_scheduling: whether a step is planned while the one before it runs.
         load_format: where weights come from.
         platform_options: the platform's own section.
         spec_options: the speculator's own section; ``num_speculative_tokens`` is 0 without a speculator.
@@ -100,7 +104,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     scheduling_policy: str
     seed: int
     num_threads: int | None
+    async_scheduling: bool = False
     load_format: str = "safetensors"
+    memory_fraction: float | None = None
+    compile_cache: str | None = None
+    eager: bool = False
     platform_options: dict[str, Any] = {}
     num_speculative_tokens: int = 0
     spec_options: dict[str, Any] = {}

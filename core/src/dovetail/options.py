@@ -52,12 +52,21 @@ class EngineOptions:
     block_size: int = option(16, "Tokens per KV-cache block.")
     kv_cache_memory: float | None = option(
         None,
-        "GiB for the KV cache; default: max_num_seqs full contexts, at most a quarter of the free memory, or nine "
-        "tenths of the free memory of a device that has its own.",
+        "GiB for the KV cache; default: what memory_fraction leaves of a device's own memory, or else max_num_seqs "
+        "full contexts, at most a quarter of the host's free memory.",
+    )
+    memory_fraction: float | None = option(
+        None,
+        "Share of the device's own memory that the engine may take in all: weights, steps and KV cache; default: 0.9.",
     )
     kv_cache_dtype: str = option("auto", "Storage dtype of the KV cache; auto takes the activation dtype.")
     enable_prefix_caching: bool = option(True, "Share KV blocks of equal prompt prefixes.")
     enable_chunked_prefill: bool = option(True, "Split long prompts over steps and mix them with decodes.")
+    async_scheduling: bool | None = option(
+        None,
+        "Plan a step while the one before it runs; default: where the platform computes on its own, and nothing "
+        "speculates.",
+    )
     scheduling_policy: str = option(
         "fcfs",
         "Order of requests: first come first served, or by the request's priority.",
@@ -68,6 +77,13 @@ class EngineOptions:
     platform_config: Mapping[str, Any] | None = option(
         None, "The platform's own options as JSON; its page says which it has.", metavar="JSON"
     )
+    compile_cache: str | None = option(
+        None,
+        "Folder that keeps what the platform compiles, for the next start; also read from DOVETAIL_CACHE; default: "
+        "dovetail in the user's cache folder.",
+        metavar="PATH",
+    )
+    eager: bool = option(False, "Run each operation as it comes: no steps compiled or recorded as a whole; slower.")
     attention: str = option("auto", "Attention backend; auto takes the platform's first that supports the model.")
     quantization: str | None = option(None, "Weight format; default: what the checkpoint says.")
     speculative_config: Mapping[str, Any] | None = option(
@@ -93,6 +109,10 @@ class EngineOptions:
                 raise ConfigError(f"{flag(name)} is {value}; it must be at least 1.")
         if self.kv_cache_memory is not None and not 0 < self.kv_cache_memory < math.inf:
             raise ConfigError(f"--kv-cache-memory is {self.kv_cache_memory}; it must be a positive number of GiB.")
+        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"--memory-fraction is {self.memory_fraction}; it must be above 0 and at most 1.")
+        if self.memory_fraction is not None and self.kv_cache_memory is not None:
+            raise ConfigError("--memory-fraction and --kv-cache-memory both size the KV cache; leave out one of them.")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"--max-num-batched-tokens {self.max_num_batched_tokens} is below --max-num-seqs {self.max_num_seqs}: "

@@ -9,10 +9,20 @@ import pytest
 import torch
 
 from dovetail.contracts.ops import OpTable
+from dovetail.contracts.platform import PlatformConfig
 from dovetail.messages import NewRow, StepPlan
 from dovetail.runner.sampler import Sampler
+from dovetail.testing.platforms import ReferencePlatform
 
-CPU = torch.device("cpu")
+
+class ReadingSampler(Sampler):
+    """Waits for what it sampled."""
+
+    def step(self, plan, logits_SV, draft_probs=None):
+        return super().step(plan, logits_SV, draft_probs).read()
+
+    def prompt_logprobs(self, slot, logits_SV, targets_S):
+        return super().prompt_logprobs(slot, logits_SV, targets_S)()
 
 
 def ruled_logits(logits, params, prompt, output, eos=()):
@@ -100,7 +110,8 @@ def plan(slots, lengths, drafts=None, samples=None):
 
 
 def sampler(vocab_size, *rows, max_num_seqs=None):
-    made = Sampler(max_num_seqs or max(row.slot for row in rows) + 1, vocab_size, CPU, OpTable())
+    slots = max_num_seqs or max(row.slot for row in rows) + 1
+    made = ReadingSampler(slots, vocab_size, ReferencePlatform(PlatformConfig()), OpTable())
     for row in rows:
         made.enter(row)
     return made

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dovetail.contracts.executor import KVGroup
-from dovetail.contracts.platform import ExactShapes, MemoryInfo
+from dovetail.contracts.platform import ExactShapes, MemoryInfo, PlatformConfig
 from dovetail.contracts.specdec import SpecState
 from dovetail.errors import ConfigError
 from dovetail.messages import NULL_BLOCK
@@ -17,8 +17,9 @@ from dovetail.runner.draft_memory import bytes_beside_block, draft_blocks
 from dovetail.runner.draft_model import DraftRunner
 from dovetail.runner.slots import SlotTables, StepRows
 from dovetail.testing import engine_config
+from dovetail.testing.platforms import ReferencePlatform
 
-CPU = torch.device("cpu")
+PLATFORM = ReferencePlatform(PlatformConfig())
 CONFIG = engine_config(
     max_model_len=32, max_num_seqs=4, max_num_batched_tokens=16, block_size=4, num_speculative_tokens=3
 )
@@ -43,7 +44,7 @@ class NotingPass:
 
 @pytest.fixture
 def tables():
-    return SlotTables(4, 32, 4, 1, CPU)
+    return SlotTables(4, 32, 4, 1, PLATFORM)
 
 
 def runner(tables, num_blocks=33):
@@ -55,7 +56,7 @@ def runner(tables, num_blocks=33):
 
     facts = SimpleNamespace(attention=[None, None])
     loaded = SimpleNamespace(
-        config=CONFIG, platform=SimpleNamespace(device=CPU), facts=facts, forward_pass=forward_pass
+        config=CONFIG, platform=PLATFORM, facts=facts, forward_pass=forward_pass
     )
     return DraftRunner(loaded, ExactShapes([]), tables, num_blocks), made[0].steps
 

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
-import torch
 
+from dovetail.contracts.platform import PlatformConfig
 from dovetail.contracts.specdec import Drafts, SpecDecoder
 from dovetail.messages import NewRow, StepPlan
 from dovetail.runner.proposer import Proposer
 from dovetail.runner.slots import SlotTables
 from dovetail.sampling_params import SamplingParams
+from dovetail.testing.platforms import ReferencePlatform
 
 MAX_MODEL_LEN = 32
 
@@ -29,7 +30,7 @@ class Greedy(SpecDecoder):
 
 def proposals(num_tokens, **params):
     """The state and the drafts after a step in which a request with a prompt of 20 tokens came to ``num_tokens``."""
-    tables = SlotTables(4, MAX_MODEL_LEN, 4, 1, torch.device("cpu"))
+    tables = SlotTables(4, MAX_MODEL_LEN, 4, 1, ReferencePlatform(PlatformConfig()))
     decoder = Greedy()
     proposer = Proposer(decoder, None, tables, 3)
     row = NewRow(

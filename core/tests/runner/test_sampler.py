@@ -16,14 +16,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from dovetail.contracts.platform import PlatformConfig
 from dovetail.ops.random import Stream, gumbel, row_keys
 from dovetail.ops.sampling import SamplingTensors, filter_logits, sample_tokens
 from dovetail.runner.logit_rules import LogitRules
 from dovetail.runner.sample_rows import SampleRows
 from dovetail.runner.sampler import ALL_FORBIDDEN, NOT_FINITE
 from dovetail.sampling_params import SamplingParams
+from dovetail.testing.platforms import ReferencePlatform
 
-CPU = torch.device("cpu")
 V = 50
 
 
@@ -250,7 +251,7 @@ def test_penalty_equals_transformers_repetition_processor(make):
 
 
 def ruled(logits, row):
-    rules = LogitRules(1, logits.shape[1], CPU)
+    rules = LogitRules(1, logits.shape[1], ReferencePlatform(PlatformConfig()))
     rules.enter(row)
     return rules.apply(logits, SampleRows.build([0], [0], np.array([len(row.token_ids)]), [[]]))
 

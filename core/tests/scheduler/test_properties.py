@@ -110,9 +110,10 @@ def check(arrivals, completions, aborted, executor, config):
     caching=st.booleans(),
     chunked=st.booleans(),
     slots=st.integers(1, 4),
+    ahead=st.booleans(),
 )
 def test_any_load_gives_the_brute_force_output_and_leaks_nothing(
-    arrivals, windows, block_size, budget, extra_blocks, num_drafts, accuracy, policy, caching, chunked, slots
+    arrivals, windows, block_size, budget, extra_blocks, num_drafts, accuracy, policy, caching, chunked, slots, ahead
 ):
     budget = budget if chunked else max(budget, MAX_LEN)
     config = engine_config(
@@ -124,6 +125,7 @@ def test_any_load_gives_the_brute_force_output_and_leaks_nothing(
         scheduling_policy=policy,
         enable_prefix_caching=caching,
         enable_chunked_prefill=chunked,
+        async_scheduling=ahead and not num_drafts,
     )
     engine, executor = scripted_engine(
         config,
@@ -173,12 +175,19 @@ def test_any_load_gives_the_brute_force_output_and_leaks_nothing(
     num_drafts=st.sampled_from([0, 2]),
     aborts=st.dictionaries(st.integers(0, 5), st.integers(0, 12), max_size=2),
     depth=st.integers(2, 4),
+    ahead=st.booleans(),
 )
 def test_planning_ahead_of_results_changes_no_output(
-    prompts, windows, budget, extra_blocks, num_drafts, aborts, depth
+    prompts, windows, budget, extra_blocks, num_drafts, aborts, depth, ahead
 ):
     """Up to ``depth`` plans are made before the first is committed: the ledger tells computed from in flight."""
-    config = engine_config(vocab_size=7, max_model_len=MAX_LEN, max_num_seqs=3, max_num_batched_tokens=budget)
+    config = engine_config(
+        vocab_size=7,
+        max_model_len=MAX_LEN,
+        max_num_seqs=3,
+        max_num_batched_tokens=budget,
+        async_scheduling=ahead and not num_drafts,
+    )
     executor = ScriptedExecutor(
         config,
         num_blocks=tightest_pool(windows, config.block_size, budget) + extra_blocks,

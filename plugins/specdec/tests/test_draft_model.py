@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dovetail.contracts.ops import OpTable
+from dovetail.contracts.platform import PlatformConfig
 from dovetail.contracts.specdec import SpecConfig, SpecState
 from dovetail.errors import ConfigError
 from dovetail.messages import NewRow, StepPlan
@@ -19,6 +20,7 @@ from dovetail.runner.sampler import Sampler
 from dovetail.runner.verify import DraftProbs
 from dovetail.sampling_params import SamplingParams
 from dovetail.testing.engines import engine_request, run_until_idle
+from dovetail.testing.platforms import ReferencePlatform
 from dovetail_specdec.draft_model import DraftModelDecoder
 
 CPU = torch.device("cpu")
@@ -105,7 +107,7 @@ def plan(slots, lengths, drafts):
 
 @pytest.fixture(scope="module")
 def sampler():
-    made = Sampler(REQUESTS, VOCAB, CPU, OpTable())
+    made = Sampler(REQUESTS, VOCAB, ReferencePlatform(PlatformConfig()), OpTable())
     params = SamplingParams(temperature=TEMPERATURE)
     for slot in range(REQUESTS):
         row = NewRow(
@@ -137,7 +139,7 @@ def one_round(sampler, sampling):
     rows = [token for drafts in proposal.token_ids for token in (1, *drafts)]
     probs = DraftProbs.of(range(REQUESTS), proposal)
     step = plan(range(REQUESTS), [1] * REQUESTS, proposal.token_ids)
-    outputs = sampler.step(step, MODEL[rows], probs).token_ids
+    outputs = sampler.step(step, MODEL[rows], probs).read().token_ids
     accepted = sum(len(tokens) - 1 for tokens in outputs) / (DRAFTS * REQUESTS)
     return top_up(sampler, outputs), accepted
 
@@ -146,7 +148,7 @@ def top_up(sampler, outputs):
     while short := [slot for slot in range(REQUESTS) if len(outputs[slot]) < DRAFTS]:
         logits = MODEL[[outputs[slot][-1] if outputs[slot] else 1 for slot in short]]
         step = plan(short, [1 + len(outputs[slot]) for slot in short], [[] for _ in short])
-        for slot, tokens in zip(short, sampler.step(step, logits).token_ids, strict=True):
+        for slot, tokens in zip(short, sampler.step(step, logits).read().token_ids, strict=True):
             outputs[slot] += tokens
     return np.array([tokens[:DRAFTS] for tokens in outputs])
 

@@ -29,6 +29,7 @@ _SHOWN = (
     "block_size",
     "enable_prefix_caching",
     "enable_chunked_prefill",
+    "async_scheduling",
     "scheduling_policy",
     "num_speculative_tokens",
 )

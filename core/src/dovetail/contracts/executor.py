@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import msgspec
 
@@ -29,6 +30,7 @@ class ExecutorInfo(msgspec.Struct, frozen=True, kw_only=True):
         block_size: tokens per block.
         groups: KV groups; every group's page has the same number of bytes.
         page_bytes: bytes of one block over all layers of one group.
+        draft_bytes: KV cache of a draft model beside these blocks.
         load_seconds, warm_up_seconds: for the start-up report.
     """
 
@@ -36,6 +38,7 @@ class ExecutorInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     groups: tuple[KVGroup, ...]
     page_bytes: int = 0
+    draft_bytes: int = 0
     load_seconds: float = 0.0
     warm_up_seconds: float = 0.0
 
@@ -68,6 +71,17 @@ class Executor(ABC):
         Phase: step. Order: 1. Times: once. May raise: anything, after which the engine is dead.
         """
         ...
+
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Start one step, and return what waits for it and gives its result; results are read in the plans' order.
+
+        With asynchronous scheduling the next plan is submitted before this one's result is read: it computes the token
+        that this step samples, which it cannot name. An executor that cannot start without finishing runs the step.
+
+        Phase: step. Order: 1. Times: once. May raise: anything, after which the engine is dead.
+        """
+        result = self.run(plan)
+        return lambda: result
 
     @abstractmethod
     def close(self) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,11 +35,17 @@ class MemoryInfo:
         total: of the device.
         available: not taken by others, nor by the weights.
         dedicated: memory of the device's own, which no other program needs: the KV cache may take most of it.
+        held: taken by this process: weights, and what its runtime needs.
+        peak: most that this process held at a time since the call before, with whatever the platform will take for
+            later steps as large as those so far. None if it is not counted; else the engine runs its largest step
+            before it gives the rest to the KV cache.
     """
 
     total: int
     available: int
     dedicated: bool = False
+    held: int = 0
+    peak: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,10 +54,16 @@ class PlatformConfig:
 
     Attributes:
         num_threads: host threads for computation; None lets the platform choose.
+        eager: run each operation as it comes: ``compile`` must return the step unchanged, or what is as good as that
+            for finding a fault. Platforms that never do anything else need not look.
+        cache: folder for what the platform compiles, kept for the next start; None keeps nothing. Others write there
+            too: use a folder inside, named by the chip and the versions that its contents depend on.
         options: the platform's own section: the manifest's ``defaults``, overlaid with ``--platform-config``.
     """
 
     num_threads: int | None = None
+    eager: bool = False
+    cache: Path | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -171,7 +185,8 @@ class Platform(ABC):
     def memory(self) -> MemoryInfo:
         """Device memory now.
 
-        Phase: load. Order: 5. Times: once, after the weights. May raise: nothing.
+        Phase: load. Order: 5. Times: once, after the weights; again after the largest step if it counts peaks. May
+        raise: nothing.
         """
         ...
 
@@ -199,6 +214,29 @@ class Platform(ABC):
         Phase: load. Order: 4. Times: once. May raise: ConfigError.
         """
         ...
+
+    def upload(self, host: Tensor) -> Tensor:
+        """A host tensor's copy on the device, for work that is queued from now on. The host tensor may change after.
+
+        A platform whose device works on its own need not wait until the copy is there.
+
+        Phase: step. Order: 1. Times: often. May raise: nothing.
+        """
+        return host.to(self.device)
+
+    def download(self, tensors: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
+        """Copy device tensors to the host, as they are after the work queued so far.
+
+        A platform whose device works on its own starts the copies, and returns without waiting. The tensors are not
+        written again.
+
+        Phase: step. Order: 2. Times: often. May raise: nothing.
+
+        Returns:
+            What waits for the copies and gives them; called at most once, perhaps after later steps were queued.
+        """
+        copies = [tensor.cpu() for tensor in tensors]
+        return lambda: copies
 
     @abstractmethod
     def compile(self, step: StepFunction, bucket: Bucket) -> StepFunction:

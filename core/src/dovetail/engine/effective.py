@@ -37,20 +37,25 @@ def rows(config: EngineConfig, info: ExecutorInfo, asked: Container[str]) -> Ite
 
     filled = ", random weights" if config.load_format == "dummy" else ""
     yield row("model", _part(config.model) + filled, "model", "revision", "load_format")
-    own = ", ".join(f"{name} {value}" for name, value in config.platform_options.items())
-    yield row("platform", ", ".join(filter(None, (_part(config.platform), own))), "platform", "platform_config")
+    own = (f"{name} {value}" for name, value in config.platform_options.items())
+    chip = ", ".join((_part(config.platform), *(("eager",) if config.eager else ()), *own))
+    yield row("platform", chip, "platform", "platform_config", "eager")
+    if config.compile_cache is not None:
+        yield row("compiled code", f"kept in {config.compile_cache}", "compile_cache")
     yield row("attention", _part(config.attention), "attention")
     yield row("quantization", _part(config.quant), "quantization")
     yield row("speculation", _speculation(config), "speculative_config")
     if config.draft is not None:
         yield row("draft model", f"{config.draft.model_name}: {_part(config.draft.model)}", "speculative_config")
     yield row("dtype", f"{config.dtype}, KV cache {config.kv_dtype}", "dtype", "kv_cache_dtype")
-    yield row("KV cache", _cache(config, info), "kv_cache_memory", "block_size", "enable_prefix_caching")
+    cache = ("kv_cache_memory", "memory_fraction", "block_size", "enable_prefix_caching")
+    yield row("KV cache", _cache(config, info), *cache)
     limits = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
     yield row("limits", _limits(config), *limits)
     prefill = "chunked" if config.enable_chunked_prefill else "whole prompts"
-    order = ("enable_chunked_prefill", "scheduling_policy", "seed")
-    yield row("scheduling", f"{config.scheduling_policy}, {prefill}, seed {config.seed}", *order)
+    ahead = "asynchronous" if config.async_scheduling else "synchronous"
+    order = ("enable_chunked_prefill", "async_scheduling", "scheduling_policy", "seed")
+    yield row("scheduling", f"{config.scheduling_policy}, {prefill}, {ahead}, seed {config.seed}", *order)
     if config.num_threads is not None:
         yield row("threads", str(config.num_threads), "num_threads")
     for change in config.fallbacks:
@@ -78,9 +83,10 @@ def _speculation(config: EngineConfig) -> str:
 def _cache(config: EngineConfig, info: ExecutorInfo) -> str:
     usable = info.num_blocks - 1  # one block stands for "none"
     prefix = "on" if config.enable_prefix_caching else "off"
+    draft = f", {size(info.draft_bytes)} of them the draft model's" if info.draft_bytes else ""
     return (
         f"{usable * info.block_size} tokens in {usable} blocks of {info.block_size}, "
-        f"{size(info.num_blocks * info.page_bytes)}; prefix cache {prefix}"
+        f"{size(info.num_blocks * info.page_bytes + info.draft_bytes)}{draft}; prefix cache {prefix}"
     )
 
 

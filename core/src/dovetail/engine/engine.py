@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 
 from dovetail.config import EngineConfig
 from dovetail.contracts.executor import Executor, ExecutorInfo
 from dovetail.engine.validation import check_request
 from dovetail.errors import RequestError
-from dovetail.messages import EngineRequest, EngineStats, RequestOutputDelta
+from dovetail.messages import EngineRequest, EngineStats, RequestOutputDelta, StepPlan, StepResult
 from dovetail.scheduler.scheduler import Scheduler
 
 
@@ -27,6 +28,8 @@ class Engine:
     def __init__(self, config: EngineConfig, executor: Executor, info: ExecutorInfo) -> None:
         self._config = config
         self._executor = executor
+        self._ahead = 1 if config.async_scheduling else 0
+        self._submitted: deque[tuple[StepPlan, Callable[[], StepResult]]] = deque()
         self._scheduler = Scheduler(config, info)
 
     def add(self, request: EngineRequest) -> None:
@@ -50,20 +53,25 @@ class Engine:
         self._scheduler.abort(request_ids)
 
     def step(self) -> list[RequestOutputDelta]:
-        """Compute one step; without work, return at once.
+        """Submit one step and take the outcome of the oldest; without work, return at once.
+
+        With asynchronous scheduling a step is planned and submitted while the one before it still runs, so the first
+        call of a busy period brings no tokens, and the last ones only read.
 
         Raises:
             Exception: whatever the executor raises; the engine is then dead.
         """
         plan = self._scheduler.plan()
-        if plan is None:
+        if plan is not None:
+            self._submitted.append((plan, self._executor.submit(plan)))
+        if not self._submitted or (plan is not None and len(self._submitted) <= self._ahead):
             return self._scheduler.take_aborted()
-        result = self._executor.run(plan)
-        return self._scheduler.commit(plan, result)
+        oldest, read = self._submitted.popleft()
+        return self._scheduler.commit(oldest, read())
 
     def has_work(self) -> bool:
         """Whether :meth:`step` has anything to do or to report."""
-        return self._scheduler.has_work()
+        return self._scheduler.has_work() or bool(self._submitted)
 
     def stats(self) -> EngineStats:
         """Gauges now, and counters since the start."""

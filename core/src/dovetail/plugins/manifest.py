@@ -42,6 +42,8 @@ class PlatformManifest(Manifest):
             any that the attention backend stores.
         max_context: longest context that it can run, in tokens; None means any.
         defaults: default values of its own section, ``--platform-config``.
+        asynchronous: the device works on its own: what is submitted to it returns before it has run, so that the host
+            can plan the next step meanwhile.
     """
 
     device_type: str
@@ -51,6 +53,7 @@ class PlatformManifest(Manifest):
     kv_dtypes: tuple[str, ...] = ()
     max_context: int | None = None
     defaults: Mapping[str, object] = field(default_factory=dict)
+    asynchronous: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -108,6 +108,10 @@ def _platforms(options: EngineOptions, registries: Registries, facts: ModelFacts
     return _alike(options.platform, _ranked(registries.platforms))
 
 
+def _unhurried(options: EngineOptions, registries: Registries, facts: ModelFacts | None) -> Iterable[bool | None]:
+    return [None]
+
+
 def _chunked(options: EngineOptions, registries: Registries, facts: ModelFacts | None) -> Iterable[bool]:
     return [True]
 
@@ -120,6 +124,7 @@ _SIMILAR = 0.6
 OPTIONS: Mapping[str, Callable[[EngineOptions, Registries, ModelFacts | None], Iterable[Any]]] = {
     "block_size": _block_sizes,
     "attention": _attention,
+    "async_scheduling": _unhurried,
     "enable_chunked_prefill": _chunked,
     "max_num_batched_tokens": _steps,
     "kv_cache_dtype": _kv_dtypes,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dovetail import checkpoint
+from dovetail import checkpoint, env
 from dovetail.config import EngineConfig
 from dovetail.options import EngineOptions
 from dovetail.plugins.manifest import ModelManifest, PlatformManifest
 from dovetail.plugins.registry import Registries
-from dovetail.resolution import attention, context, draft, dtype, model, platform, quantization, speculation
+from dovetail.resolution import attention, context, draft, dtype, model, platform, quantization, scheduling, speculation
 from dovetail.resolution.decision import Decision
 from dovetail.sizes import GIB
 
@@ -22,6 +22,8 @@ _AS_GIVEN = (
     "max_num_batched_tokens",
     "block_size",
     "load_format",
+    "memory_fraction",
+    "eager",
     "enable_prefix_caching",
     "enable_chunked_prefill",
     "scheduling_policy",
@@ -94,8 +96,9 @@ class Case:
             )
             decisions += drafter.decisions
         platform_options, platform_gaps = platform.settings(options, chip.entry)
+        async_scheduling, scheduling_gaps = scheduling.decide(options, chip.entry)
         reasons = [reason for decision in decisions for reason in decision.obstacles]
-        reasons += platform_gaps
+        reasons += [*platform_gaps, *scheduling_gaps]
         reasons += [*dtype_obstacles, *dtype.kv_gaps(options, chip, activation), *length_obstacles]
         config = None
         if not reasons:
@@ -117,7 +120,9 @@ class Case:
                 eos_token_ids=self._eos,
                 max_model_len=length,
                 kv_cache_memory=None if options.kv_cache_memory is None else int(options.kv_cache_memory * GIB),
+                compile_cache=options.compile_cache or env.compile_cache(),
                 platform_options=platform_options,
+                async_scheduling=async_scheduling,
                 num_speculative_tokens=num_drafts,
                 spec_options=spec_options,
                 rejected={d.part: d.explained().rejected for d in decisions if d.rejected},

@@ -42,7 +42,7 @@ class DraftRunner:
         """
         config = loaded.config
         self._tables = SlotTables(
-            config.max_num_seqs, config.max_model_len, config.block_size, 1, loaded.platform.device, tables.tokens_SL
+            config.max_num_seqs, config.max_model_len, config.block_size, 1, loaded.platform, tables.tokens_SL
         )
         groups = draft_groups(loaded.facts.attention)
         self.forward = loaded.forward_pass(groups, num_blocks, self._tables, shapes, logits_per_request=1)
@@ -88,8 +88,7 @@ class DraftRunner:
         # Beyond the longest context nobody reads what is stored, nor drafts: the last position may be overwritten.
         last = self._tables.max_model_len - 1
         positions = np.minimum(self._stored_S[slots] + self._drafted_S[slots], last)
-        rows_R = torch.tensor(slots, device=token_ids_R.device)
-        self._tables.tokens_SL[rows_R, torch.from_numpy(positions).to(token_ids_R.device)] = token_ids_R
+        self._tables.write(np.array(slots), positions, token_ids_R)
         self._drafted_S[slots] += 1
         return self._run(slots, positions.tolist(), [1] * len(slots), [True] * len(slots), [])
 

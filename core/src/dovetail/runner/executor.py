@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,9 +16,10 @@ from dovetail.messages import StepPlan, StepResult
 from dovetail.plugins.blame import blaming
 from dovetail.runner import kv_memory, self_check
 from dovetail.runner.checked_decoder import CheckedDecoder
-from dovetail.runner.draft_memory import bytes_beside_block, draft_blocks
+from dovetail.runner.draft_memory import bytes_beside_block, draft_blocks, draft_bytes
 from dovetail.runner.draft_model import DraftRunner
 from dovetail.runner.forward import ForwardPass
+from dovetail.runner.largest_step import run_largest_step
 from dovetail.runner.load import load_selection, platform_config
 from dovetail.runner.loaded_model import LoadedModel
 from dovetail.runner.proposer import Proposer
@@ -50,15 +51,24 @@ class LocalExecutor(Executor):
         groups = kv_memory.groups_of(main.facts.attention)
         bytes_per_block = main.block_bytes(groups)
         beside = 0 if drafter is None else bytes_beside_block(drafter, groups)
-        blocks = kv_memory.num_blocks(config, bytes_per_block + beside, groups, platform.memory())
         tables = SlotTables(
-            config.max_num_seqs, config.max_model_len, config.block_size, len(groups), platform.device
+            config.max_num_seqs, config.max_model_len, config.block_size, len(groups), platform
         )
-        forward = main.forward_pass(groups, blocks, tables, shapes, 1 + config.num_speculative_tokens)
-        draft = None
-        if drafter is not None:
-            draft = DraftRunner(drafter, shapes, tables, draft_blocks(drafter, groups, blocks))
-        sampler = Sampler(config.max_num_seqs, config.vocab_size, platform.device, ops)
+        sampler = Sampler(config.max_num_seqs, config.vocab_size, platform, ops)
+
+        def passes(blocks: int) -> tuple[ForwardPass, DraftRunner | None]:
+            """Over caches of that many blocks of the engine's own."""
+            forward = main.forward_pass(groups, blocks, tables, shapes, 1 + config.num_speculative_tokens)
+            if drafter is None:
+                return forward, None
+            return forward, DraftRunner(drafter, shapes, tables, draft_blocks(drafter, groups, blocks))
+
+        memory = platform.memory()
+        if memory.peak is not None:
+            run_largest_step(config, *passes(blocks=1), sampler, groups)
+            memory = platform.memory()
+        blocks = kv_memory.num_blocks(config, bytes_per_block + beside, groups, memory)
+        forward, draft = passes(blocks)
         self._runner = ModelRunner(forward, sampler, self._proposer(tables, draft))
         loaded = time.perf_counter()
         _warm_up([forward] if draft is None else [forward, draft.forward], progress)
@@ -67,15 +77,26 @@ class LocalExecutor(Executor):
             block_size=config.block_size,
             groups=groups,
             page_bytes=bytes_per_block,
+            draft_bytes=0 if drafter is None else draft_bytes(drafter, groups, blocks),
             load_seconds=loaded - start,
             warm_up_seconds=time.perf_counter() - loaded,
         )
 
     def run(self, plan: StepPlan) -> StepResult:
         """Run one step."""
+        return self.submit(plan)()
+
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Queue one step on the device."""
         assert self._runner is not None, "run before load"
         with blaming(self._config, "running a step", PluginRunError):
-            return self._runner.run(plan)
+            read = self._runner.submit(plan)
+
+        def result() -> StepResult:
+            with blaming(self._config, "running a step", PluginRunError):
+                return read()
+
+        return result
 
     def close(self) -> None:
         """Drop model and cache."""

@@ -6,12 +6,13 @@ Each rule's tables exist only once a request uses it, and a step touches only th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dovetail.contracts.platform import Platform
 from dovetail.messages import NewRow
 from dovetail.runner.sample_rows import SampleRows
 
@@ -19,14 +20,14 @@ from dovetail.runner.sample_rows import SampleRows
 class LogitRules:
     """Applies the rules of each slot's request, in the order bias, allowed tokens, min_tokens, penalties."""
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, max_num_seqs: int, vocab_size: int, platform: Platform) -> None:
+        self._upload = platform.upload
         self._vocab_size = vocab_size
-        self._bias = _TokenTable(max_num_seqs, device)
-        self._allowed = _TokenTable(max_num_seqs, device)
-        self._stops = _TokenTable(max_num_seqs, device)
+        self._bias = _TokenTable(max_num_seqs, platform)
+        self._allowed = _TokenTable(max_num_seqs, platform)
+        self._stops = _TokenTable(max_num_seqs, platform)
         self._stops_until = np.zeros(max_num_seqs, dtype=np.int64)
-        self._penalties = _Penalties(max_num_seqs, vocab_size, device)
+        self._penalties = _Penalties(max_num_seqs, vocab_size, platform)
 
     def enter(self, row: NewRow) -> None:
         """Write a request's rules into its slot, in place of those before."""
@@ -63,19 +64,21 @@ class LogitRules:
         if len(unstoppable):
             self._stops.mask(logits_SV, unstoppable, slots_S[unstoppable])
         if len(penalised):
-            index = torch.from_numpy(penalised).to(self._device)
+            index = self._upload(torch.from_numpy(penalised))
             logits_SV[index] = self._penalties.apply(logits_SV[index], rows, penalised)
         return logits_SV
 
-    def observe(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> None:
-        """Count new output tokens, one list per slot."""
-        self._penalties.observe(slots, token_ids)
+    def observe(self, slots_R: np.ndarray, tokens_RK: Tensor) -> None:
+        """Count new output tokens, a row per slot; negative ones stand for nothing."""
+        self._penalties.observe(slots_R, tokens_RK)
 
 
 class _TokenTable:
     """A few tokens per slot, each with a value; padded to the longest, which grows."""
 
-    def __init__(self, max_num_seqs: int, device: torch.device) -> None:
+    def __init__(self, max_num_seqs: int, platform: Platform) -> None:
+        device = platform.device
+        self._upload = platform.upload
         self.used = np.zeros(max_num_seqs, dtype=bool)
         self._ids = torch.zeros(max_num_seqs, 1, dtype=torch.int64, device=device)
         self._values = torch.zeros(max_num_seqs, 1, dtype=torch.float32, device=device)
@@ -87,14 +90,14 @@ class _TokenTable:
             return
         self._reserve(len(token_ids))
         self._ids[slot] = token_ids[0]
-        self._ids[slot, : len(token_ids)] = torch.tensor(token_ids).to(self._ids.device)
+        self._ids[slot, : len(token_ids)] = self._upload(torch.tensor(token_ids))
         if values is not None:
             self._values[slot] = 0.0
-            self._values[slot, : len(values)] = torch.tensor(values, dtype=torch.float32).to(self._ids.device)
+            self._values[slot, : len(values)] = self._upload(torch.tensor(values, dtype=torch.float32))
 
     def add(self, logits_SV: Tensor, rows: np.ndarray, slots: np.ndarray) -> None:
         """Add each token's value to its logit, in place."""
-        values = self._values[torch.from_numpy(slots).to(self._values.device)]
+        values = self._values[self._upload(torch.from_numpy(slots))]
         logits_SV.index_put_(self._gather(rows, slots), values, accumulate=True)
 
     def mask(self, logits_SV: Tensor, rows: np.ndarray, slots: np.ndarray) -> None:
@@ -109,8 +112,8 @@ class _TokenTable:
         logits_SV[place] = kept
 
     def _gather(self, rows: np.ndarray, slots: np.ndarray) -> tuple[Tensor, Tensor]:
-        device = self._ids.device
-        return torch.from_numpy(rows).to(device).unsqueeze(1), self._ids[torch.from_numpy(slots).to(device)]
+        rows_, slots_ = self._upload(torch.from_numpy(np.stack([rows, slots])))
+        return rows_.unsqueeze(1), self._ids[slots_]
 
     def _reserve(self, width: int) -> None:
         missing = width - self._ids.shape[1]
@@ -127,11 +130,12 @@ class _Penalties:
     OpenAI defines them, at the output alone.
     """
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, max_num_seqs: int, vocab_size: int, platform: Platform) -> None:
         self.used = np.zeros(max_num_seqs, dtype=bool)
         self._shape = (max_num_seqs, vocab_size)
-        self._device = device
-        self._factors = torch.zeros(max_num_seqs, 3, dtype=torch.float32, device=device)
+        self._device = platform.device
+        self._upload = platform.upload
+        self._factors = torch.zeros(max_num_seqs, 3, dtype=torch.float32, device=self._device)
         self._counts: Tensor | None = None
         self._in_prompt: Tensor | None = None
 
@@ -143,28 +147,32 @@ class _Penalties:
         if not self.used[slot]:
             return
         counts, in_prompt = self._tables()
-        self._factors[slot] = torch.tensor(factors).to(self._device)
-        prompt = torch.tensor(row.token_ids[: row.prompt_len], dtype=torch.int64).to(self._device)
+        self._factors[slot] = self._upload(torch.tensor(factors))
+        tokens = self._upload(torch.tensor(row.token_ids, dtype=torch.int64))
         in_prompt[slot] = False
-        in_prompt[slot, prompt] = True
+        in_prompt[slot].index_fill_(0, tokens[: row.prompt_len], True)
         counts[slot] = 0
-        self._count(np.full(len(row.token_ids) - row.prompt_len, slot), row.token_ids[row.prompt_len :])
+        output = tokens[row.prompt_len :]
+        counts[slot].index_add_(0, output, torch.ones_like(output, dtype=counts.dtype))
 
-    def observe(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> None:
+    def observe(self, slots_R: np.ndarray, tokens_RK: Tensor) -> None:
         """Count new output tokens."""
-        columns = zip(slots, token_ids, strict=True)
-        pairs = [(slot, token) for slot, ids in columns if self.used[slot] for token in ids]
-        if pairs:
-            slots_, tokens = zip(*pairs, strict=True)
-            self._count(np.array(slots_), tokens)
+        chosen = np.flatnonzero(self.used[slots_R])
+        if not len(chosen):
+            return
+        counts, _ = self._tables()
+        index, slots = self._upload(torch.from_numpy(np.stack([chosen, slots_R[chosen]])))
+        new_RK = tokens_RK[index]
+        place = (slots.unsqueeze(1).expand_as(new_RK), new_RK.clamp(min=0))
+        counts.index_put_(place, (new_RK >= 0).to(counts.dtype), accumulate=True)
 
     def apply(self, logits_SV: Tensor, rows: SampleRows, chosen: np.ndarray) -> Tensor:
         """Penalised logits of the chosen rows; drafts before a row count as output."""
         counts, in_prompt = self._tables()
-        slots_S = torch.from_numpy(rows.slots_S[chosen]).to(self._device)
+        slots_S = self._upload(torch.from_numpy(rows.slots_S[chosen]))
         counts_SV = counts[slots_S]
         if rows.has_drafts:
-            index, tokens = (torch.from_numpy(a).to(self._device) for a in rows.earlier_drafts(chosen))
+            index, tokens = self._upload(torch.from_numpy(np.stack(rows.earlier_drafts(chosen))))
             counts_SV.index_put_((index, tokens), counts_SV.new_ones(()), accumulate=True)
         repetition_S1, frequency_S1, presence_S1 = self._factors[slots_S].unsqueeze(2).unbind(1)
         seen_SV = (counts_SV > 0) | in_prompt[slots_S]
@@ -177,9 +185,3 @@ class _Penalties:
             self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
             self._in_prompt = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
         return self._counts, self._in_prompt
-
-    def _count(self, slots: np.ndarray, tokens: Iterable[int]) -> None:
-        counts, _ = self._tables()
-        tokens_ = torch.tensor([*tokens], dtype=torch.int64).to(self._device)
-        place = (torch.from_numpy(slots).to(self._device), tokens_)
-        counts.index_put_(place, counts.new_ones(()), accumulate=True)

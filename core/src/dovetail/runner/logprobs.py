@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dovetail.contracts.platform import Platform
 from dovetail.messages import TokenLogprobs
 
 
-def token_logprobs(logits_SV: Tensor, tokens_S: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
-    """One report per row: its token, and its ``num_top`` most likely tokens; equals in order of their ids.
+class Scores(NamedTuple):
+    """What is reported of each row; on the device until it is read.
+
+    Attributes:
+        tokens_S, logprobs_S, ranks_S: the row's token, its log-probability, and how many tokens are as likely at least.
+        top_ids_SK, top_logprobs_SK: the most likely tokens, equals in order of their ids.
+    """
+
+    tokens_S: Tensor
+    logprobs_S: Tensor
+    ranks_S: Tensor
+    top_ids_SK: Tensor
+    top_logprobs_SK: Tensor
+
+
+def score(logits_SV: Tensor, tokens_S: Tensor, num_top: int) -> Scores:
+    """Score each row's token, and its ``num_top`` most likely ones, without waiting for the device.
 
     Args:
         logits_SV: raw logits, any float dtype; the softmax is taken in float32.
         tokens_S: int64 token of each row.
-        num_top: how many tokens to report for each row.
     """
     logprobs_SV = logits_SV.to(torch.float32).log_softmax(-1)
     chosen_S1 = logprobs_SV.gather(1, tokens_S.unsqueeze(1))
-    ranks = ((logprobs_SV > chosen_S1).sum(-1) + 1).tolist()
-    top_ids_SK = _top_ids(logprobs_SV, min(max(num_top, default=0), logits_SV.shape[1]))
-    top_logprobs = logprobs_SV.gather(1, top_ids_SK).tolist()
-    tokens, chosen = tokens_S.tolist(), chosen_S1.squeeze(1).tolist()
-    columns = zip(tokens, chosen, ranks, top_ids_SK.tolist(), top_logprobs, num_top, strict=True)
-    return [
-        TokenLogprobs(token, logprob, rank, ids[:count], values[:count])
-        for token, logprob, rank, ids, values, count in columns
-    ]
+    ranks_S = (logprobs_SV > chosen_S1).sum(-1) + 1
+    top_ids_SK = _top_ids(logprobs_SV, min(num_top, logits_SV.shape[1]))
+    return Scores(tokens_S, chosen_S1.squeeze(1), ranks_S, top_ids_SK, logprobs_SV.gather(1, top_ids_SK))
+
+
+def reports(platform: Platform, scores: Scores, num_top: Sequence[int]) -> Callable[[], list[TokenLogprobs]]:
+    """Fetch scores; what is returned waits for them and gives one report per row, each with its own ``num_top``."""
+    read = platform.download(scores)
+
+    def make() -> list[TokenLogprobs]:
+        columns = zip(*(tensor.tolist() for tensor in read()), num_top, strict=True)
+        return [
+            TokenLogprobs(token, logprob, rank, ids[:count], values[:count])
+            for token, logprob, rank, ids, values, count in columns
+        ]
+
+    return make
 
 
 def _top_ids(logprobs_SV: Tensor, count: int) -> Tensor:

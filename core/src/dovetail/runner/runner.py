@@ -1,24 +1,29 @@
 """ModelRunner: runs one step plan on the device.
 
 Per step: apply diffs to the slot tables, gather the step's tensors, run the compiled step, sample or verify, append.
-No Python loop over requests touches the device, and nothing waits for the device but reading the sampled tokens.
+No Python loop over requests touches the device. Sampled tokens go from the sampler into the slot tables without passing
+the host, which reads them when it needs to know: by then the next step may be under way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dovetail.messages import StepPlan, StepResult, TokenLogprobs
 from dovetail.runner.forward import ForwardPass
 from dovetail.runner.proposer import Proposer
-from dovetail.runner.sampler import Sampler
+from dovetail.runner.sampler import SampledStep, Sampler
 from dovetail.runner.slots import StepRows
 
 PROMPT_LOGPROBS_CHUNK = 256
 """Rows of logits that are in memory at a time for prompt log-probabilities."""
+
+_PromptScores = dict[int, list[Callable[[], list[TokenLogprobs]]]]
+"""Column of a plan -> what reads its log-probabilities, in chunks."""
 
 
 class ModelRunner:
@@ -32,22 +37,29 @@ class ModelRunner:
         self._prompt_logprobs: dict[int, int] = {}
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
-        """Run one step; see :class:`dovetail.messages.StepResult`."""
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Queue one step; the call that is returned waits for its result.
+
+        A speculator must know what was sampled before it proposes, so with one the step is complete on return.
+        """
         self._apply(plan)
         rows, hidden_TD, logits_SV = self._forward.run(plan)
-        prompt_logprobs = self._score_prompts(plan, rows, hidden_TD)
+        scores = self._score_prompts(plan, rows, hidden_TD)
         draft_probs = None if self._proposer is None else self._proposer.draft_probs
-        sampled = self._sampler.step(plan, logits_SV, draft_probs)
+        sampling = self._sampler.step(plan, logits_SV, draft_probs)
+        if self._proposer is not None:
+            result = self._speculate(plan, sampling.read(), scores, self._proposer)
+            return lambda: result
+        slots_R = rows.slots_R[np.flatnonzero(plan.samples)]
+        if len(slots_R):
+            self._tables.append_each(slots_R, sampling.next_R)
+        return lambda: _result(plan, sampling.read(), scores)
+
+    def _speculate(
+        self, plan: StepPlan, sampled: SampledStep, scores: _PromptScores, proposer: Proposer
+    ) -> StepResult:
         self._append(plan, sampled.token_ids)
-        return StepResult(
-            step=plan.step,
-            token_ids=sampled.token_ids,
-            drafts=self._propose(plan, sampled.token_ids),
-            logprobs=sampled.logprobs,
-            prompt_logprobs=prompt_logprobs,
-            errors=sampled.errors,
-        )
+        return _result(plan, sampled, scores, proposer.propose(plan, sampled.token_ids))
 
     def _apply(self, plan: StepPlan) -> None:
         for slot in plan.freed_slots:
@@ -60,19 +72,14 @@ class ModelRunner:
             if row.params.prompt_logprobs is not None:
                 self._prompt_logprobs[row.slot] = row.prompt_len
 
-    def _propose(self, plan: StepPlan, token_ids: Sequence[list[int]]) -> list[list[int]]:
-        if self._proposer is None:
-            return [[] for _ in plan.slots]
-        return self._proposer.propose(plan, token_ids)
-
     def _append(self, plan: StepPlan, token_ids: Sequence[list[int]]) -> None:
         slots = [slot for slot, ids in zip(plan.slots, token_ids, strict=True) if ids]
         if slots:
             self._tables.append(slots, [ids for ids in token_ids if ids])
 
-    def _score_prompts(self, plan: StepPlan, rows: StepRows, hidden_TD: Tensor) -> list[list[TokenLogprobs] | None]:
-        """Log-probabilities of the prompt tokens that this chunk predicts."""
-        scores: list[list[TokenLogprobs] | None] = [None] * len(plan.slots)
+    def _score_prompts(self, plan: StepPlan, rows: StepRows, hidden_TD: Tensor) -> _PromptScores:
+        """Log-probabilities of the prompt tokens that this chunk predicts, by column."""
+        scores: _PromptScores = {}
         if not self._prompt_logprobs:
             return scores
         for i, slot in enumerate(plan.slots):
@@ -84,10 +91,26 @@ class ModelRunner:
                 scores[i] = self._score_rows(slot, hidden_TD[start : start + count], first + 1)
         return scores
 
-    def _score_rows(self, slot: int, hidden_TD: Tensor, first: int) -> list[TokenLogprobs]:
-        scores: list[TokenLogprobs] = []
+    def _score_rows(self, slot: int, hidden_TD: Tensor, first: int) -> list[Callable[[], list[TokenLogprobs]]]:
+        scores = []
         for chunk in torch.split(hidden_TD, PROMPT_LOGPROBS_CHUNK):
-            start = first + len(scores)
-            targets = self._tables.tokens_SL[slot, start : start + len(chunk)]
-            scores += self._sampler.prompt_logprobs(slot, self._forward.model.logits(chunk), targets)
+            targets = self._tables.tokens_SL[slot, first : first + len(chunk)]
+            scores.append(self._sampler.prompt_logprobs(slot, self._forward.model.logits(chunk), targets))
+            first += len(chunk)
         return scores
+
+
+def _result(
+    plan: StepPlan, sampled: SampledStep, scores: _PromptScores, drafts: list[list[int]] | None = None
+) -> StepResult:
+    prompt_logprobs: list[list[TokenLogprobs] | None] = [None] * len(plan.slots)
+    for column, chunks in scores.items():
+        prompt_logprobs[column] = [score for read in chunks for score in read()]
+    return StepResult(
+        step=plan.step,
+        token_ids=sampled.token_ids,
+        drafts=[[] for _ in plan.slots] if drafts is None else drafts,
+        logprobs=sampled.logprobs,
+        prompt_logprobs=prompt_logprobs,
+        errors=sampled.errors,
+    )

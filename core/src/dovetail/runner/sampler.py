@@ -2,11 +2,14 @@
 
 Order: bias, allowed tokens, min_tokens, penalties, temperature, min-p, top-k, top-p, then a draw with noise
 that depends on (request seed, position) alone. Work that no request of a step needs is left out, decided by
-flags on the host; a request's tokens never depend on its neighbours.
+flags on the host; a request's tokens never depend on its neighbours. Nothing here waits for the device but reading
+the outcome.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,10 +17,11 @@ import torch
 from torch import Tensor
 
 from dovetail.contracts.ops import OpTable
+from dovetail.contracts.platform import Platform
 from dovetail.messages import NewRow, StepPlan, TokenLogprobs
 from dovetail.ops.sampling import ALL_GREEDY
 from dovetail.runner.logit_rules import LogitRules
-from dovetail.runner.logprobs import token_logprobs
+from dovetail.runner.logprobs import reports, score
 from dovetail.runner.sample_rows import NO_TOKEN, SampleRows
 from dovetail.runner.sampling_table import SamplingTable
 from dovetail.runner.verify import POISONED, DraftProbs, verify, verify_drawn
@@ -41,15 +45,34 @@ class SampledStep:
     logprobs: list[list[TokenLogprobs] | None]
     errors: dict[int, str] = field(default_factory=dict)
 
+    @classmethod
+    def empty(cls, plan: StepPlan) -> SampledStep:
+        """Of a step in which nobody samples."""
+        return cls([[] for _ in plan.slots], [None] * len(plan.slots))
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """A step's tokens on the device.
+
+    Attributes:
+        next_R: int64: a token of the vocabulary for each request that samples, in the plan's order. Where the request
+            cannot go on it is an arbitrary one; with drafts, it is the one drawn first.
+        read: waits for the tokens.
+    """
+
+    next_R: Tensor
+    read: Callable[[], SampledStep]
+
 
 class Sampler:
     """Samples for every request in a slot."""
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device, ops: OpTable) -> None:
-        self._device = device
+    def __init__(self, max_num_seqs: int, vocab_size: int, platform: Platform, ops: OpTable) -> None:
+        self._platform = platform
         self._ops = ops
-        self._table = SamplingTable(max_num_seqs, vocab_size, device)
-        self._rules = LogitRules(max_num_seqs, vocab_size, device)
+        self._table = SamplingTable(max_num_seqs, vocab_size, platform)
+        self._rules = LogitRules(max_num_seqs, vocab_size, platform)
         self._plain = np.zeros(max_num_seqs, dtype=bool)
         self._num_logprobs = np.full(max_num_seqs, NOT_ASKED)
         self._num_prompt_logprobs = np.full(max_num_seqs, NOT_ASKED)
@@ -63,88 +86,115 @@ class Sampler:
         self._num_logprobs[row.slot] = NOT_ASKED if asked is None else asked
         self._num_prompt_logprobs[row.slot] = NOT_ASKED if prompt_asked is None else prompt_asked
 
-    def step(self, plan: StepPlan, logits_SV: Tensor, draft_probs: DraftProbs | None = None) -> SampledStep:
+    def step(self, plan: StepPlan, logits_SV: Tensor, draft_probs: DraftProbs | None = None) -> Sampling:
         """Sample, or verify drafts, for every request of the plan that samples.
 
         Args:
             plan: the step.
             logits_SV: raw logits, rows in the plan's order: one per draft and one more for each request that
-                samples.
+                samples. They may be overwritten once later work is queued.
             draft_probs: what the plan's drafts were drawn from; None if they are deterministic.
         """
+        if not len(logits_SV):
+            return Sampling(logits_SV.new_empty(0, dtype=torch.int64), lambda: SampledStep.empty(plan))
         if self._plain[plan.slots].all() and not any(plan.drafts):
-            sampled = self._largest(plan, logits_SV)
-            if sampled is not None:
-                return sampled
+            return self._largest(plan, logits_SV)
         rows = SampleRows.of(plan)
-        sampled = SampledStep([[] for _ in plan.slots], [None] * len(plan.slots))
-        if not rows.columns:
-            return sampled
-        for column, tokens in zip(rows.columns, self._choose(rows, logits_SV, draft_probs), strict=True):
-            sampled.token_ids[column] = tokens
-        self._take_out_poisoned(rows, logits_SV, sampled)
-        token_ids = [sampled.token_ids[column] for column in rows.columns]
-        self._rules.observe(rows.slots_R.tolist(), token_ids)
-        self._report(rows, logits_SV, sampled)
-        return sampled
+        ruled_SV = self._rules.apply(logits_SV, rows)
+        tokens_S, tokens_RK = self._choose(rows, ruled_SV, draft_probs)
+        self._rules.observe(rows.slots_R, tokens_RK)
+        fetched = self._platform.download([tokens_RK, *self._finite(logits_SV, ruled_SV)])
+        report = self._report(rows, logits_SV, tokens_RK)
 
-    def _largest(self, plan: StepPlan, logits_SV: Tensor) -> SampledStep | None:
-        """The short way for requests that just take the largest logit; None if one of those is not finite.
+        def read() -> SampledStep:
+            chosen_RK, *finite_S = (tensor.tolist() for tensor in fetched())
+            sampled = SampledStep.empty(plan)
+            for r, column in enumerate(rows.columns):
+                tokens = [token for token in chosen_RK[r] if token != NO_TOKEN]
+                if tokens[-1] == POISONED:
+                    row = int(rows.starts_R[r]) + len(tokens) - 1
+                    sampled.errors[column] = ALL_FORBIDDEN if finite_S and finite_S[0][row] else NOT_FINITE
+                else:
+                    sampled.token_ids[column] = tokens
+            report(sampled)
+            return sampled
+
+        return Sampling(tokens_S, read)
+
+    def _largest(self, plan: StepPlan, logits_SV: Tensor) -> Sampling:
+        """The short way for requests that just take the largest logit.
 
         Right after a step the caches hold weights, not this code: every operation left out here counts.
         """
         tokens_S = self._ops.sample(logits_SV, ALL_GREEDY)
-        finite_S = logits_SV.gather(1, tokens_S.unsqueeze(1)).isfinite().squeeze(1)
-        chosen = torch.where(finite_S, tokens_S, POISONED).tolist()  # the only wait for the device
-        if POISONED in chosen:
-            return None
-        tokens = iter(chosen)
-        token_ids = [[next(tokens)] if samples else [] for samples in plan.samples]
-        return SampledStep(token_ids, [None] * len(token_ids))
+        fetched = self._platform.download([tokens_S, logits_SV.gather(1, tokens_S.unsqueeze(1))])
 
-    def prompt_logprobs(self, slot: int, logits_SV: Tensor, targets_S: Tensor) -> list[TokenLogprobs]:
-        """Log-probabilities of prompt tokens, given the logits that predict them."""
-        return token_logprobs(logits_SV, targets_S, [int(self._num_prompt_logprobs[slot])] * len(targets_S))
+        def read() -> SampledStep:
+            tokens, logits = fetched()
+            sampled = SampledStep.empty(plan)
+            chosen = zip(_sampling(plan), tokens.tolist(), logits.flatten().tolist(), strict=True)
+            for column, token, logit in chosen:
+                if math.isfinite(logit):
+                    sampled.token_ids[column] = [token]
+                else:
+                    sampled.errors[column] = NOT_FINITE
+            return sampled
 
-    def _choose(self, rows: SampleRows, logits_SV: Tensor, draft_probs: DraftProbs | None) -> list[list[int]]:
-        logits_SV = self._rules.apply(logits_SV, rows)
+        return Sampling(tokens_S, read)
+
+    def prompt_logprobs(
+        self, slot: int, logits_SV: Tensor, targets_S: Tensor
+    ) -> Callable[[], list[TokenLogprobs]]:
+        """Log-probabilities of prompt tokens, given the logits that predict them; the call waits for them."""
+        num_top = int(self._num_prompt_logprobs[slot])
+        return reports(self._platform, score(logits_SV, targets_S, num_top), [num_top] * len(targets_S))
+
+    def _choose(
+        self, rows: SampleRows, ruled_SV: Tensor, draft_probs: DraftProbs | None
+    ) -> tuple[Tensor, Tensor]:
+        """The token of each row; and of each request accepted drafts, one more or ``POISONED``, then ``NO_TOKEN``."""
         params = self._table.gather(rows)
-        tokens_S1 = self._ops.sample(logits_SV, params).unsqueeze(1)
-        tokens_S1 = torch.where(logits_SV.gather(1, tokens_S1).isfinite(), tokens_S1, POISONED)
+        tokens_S = self._ops.sample(ruled_SV, params)
+        finite_S = ruled_SV.gather(1, tokens_S.unsqueeze(1)).squeeze(1).isfinite()
+        marked_S = torch.where(finite_S, tokens_S, POISONED)
         if not rows.has_drafts:
-            token_ids: list[list[int]] = tokens_S1.tolist()
-            return token_ids
+            return tokens_S, marked_S.unsqueeze(1)
         if draft_probs is None or params.all_greedy:
-            tokens_RK = verify(tokens_S1.squeeze(1), rows)
-        else:
-            tokens_RK = verify_drawn(tokens_S1.squeeze(1), rows, logits_SV, params, draft_probs.gather(rows))
-        return [[token for token in tokens if token != NO_TOKEN] for tokens in tokens_RK.tolist()]
+            return tokens_S, verify(marked_S, rows)
+        return tokens_S, verify_drawn(marked_S, rows, ruled_SV, params, draft_probs.gather(rows))
 
-    def _take_out_poisoned(self, rows: SampleRows, logits_SV: Tensor, sampled: SampledStep) -> None:
-        for column, start in zip(rows.columns, rows.starts_R.tolist(), strict=True):
-            tokens = sampled.token_ids[column]
-            if tokens[-1] == POISONED:
-                sound = bool(logits_SV[start + len(tokens) - 1].amax().isfinite())
-                sampled.errors[column] = ALL_FORBIDDEN if sound else NOT_FINITE
-                sampled.token_ids[column] = []
+    @staticmethod
+    def _finite(logits_SV: Tensor, ruled_SV: Tensor) -> list[Tensor]:
+        """Which rows had a choice before the rules, if there are any: who took it away is told to the user."""
+        return [] if ruled_SV is logits_SV else [logits_SV.amax(-1).isfinite()]
 
-    def _report(self, rows: SampleRows, logits_SV: Tensor, sampled: SampledStep) -> None:
-        """Fill in the log-probabilities of requests that asked."""
-        asking = np.flatnonzero(self._num_logprobs[rows.slots_R] != NOT_ASKED)
-        index: list[int] = []
-        tokens: list[int] = []
-        num_top: list[int] = []
-        for r in asking.tolist():
-            new = sampled.token_ids[rows.columns[r]]
-            start = int(rows.starts_R[r])
-            index += range(start, start + len(new))
-            tokens += new
-            num_top += [int(self._num_logprobs[rows.slots_R[r]])] * len(new)
-        if not index:
-            return
-        place = torch.tensor(index).to(self._device)
-        scores = token_logprobs(logits_SV[place], torch.tensor(tokens).to(self._device), num_top)
-        for r in asking.tolist():
-            count = len(sampled.token_ids[rows.columns[r]])
-            sampled.logprobs[rows.columns[r]] = scores[:count]
-            del scores[:count]
+    def _report(self, rows: SampleRows, logits_SV: Tensor, tokens_RK: Tensor) -> Callable[[SampledStep], None]:
+        """Score what was chosen for requests that asked; the call fills in their log-probabilities."""
+        asking = np.flatnonzero(self._num_logprobs[rows.slots_R] != NOT_ASKED).tolist()
+        if not asking:
+            return _nothing
+        counts = [len(rows.drafts[r]) + 1 for r in asking]
+        offsets = [offset for count in counts for offset in range(count)]
+        request = np.repeat(asking, counts)
+        num_top = [int(number) for number in self._num_logprobs[rows.slots_R[request]]]
+        place = self._platform.upload(torch.from_numpy(np.stack([request, offsets, rows.starts_R[request] + offsets])))
+        tokens_S = tokens_RK[place[0], place[1]].clamp(min=0)  # beyond a request's last token nothing is read
+        make = reports(self._platform, score(logits_SV[place[2]], tokens_S, max(num_top)), num_top)
+
+        def fill(sampled: SampledStep) -> None:
+            scores = iter(make())
+            for r, count in zip(asking, counts, strict=True):
+                mine = [next(scores) for _ in range(count)]
+                column = rows.columns[r]
+                sampled.logprobs[column] = mine[: len(sampled.token_ids[column])]
+
+        return fill
+
+
+def _sampling(plan: StepPlan) -> Sequence[int]:
+    """The plan's columns that sample."""
+    return [column for column, samples in enumerate(plan.samples) if samples]
+
+
+def _nothing(sampled: SampledStep) -> None:
+    """Nobody asked."""

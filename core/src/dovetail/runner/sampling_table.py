@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dovetail.contracts.platform import Platform
 from dovetail.messages import NewRow
 from dovetail.ops.random import signed64
 from dovetail.ops.sampling import SamplingTensors
@@ -24,9 +25,10 @@ def effective_temperature(params: SamplingParams) -> float:
 class SamplingTable:
     """Columns of device tensors, and host flags that decide which work a step can leave out."""
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, max_num_seqs: int, vocab_size: int, platform: Platform) -> None:
         self._vocab_size = vocab_size
-        self._device = device
+        self._upload = platform.upload
+        device = platform.device
         self._floats = torch.zeros(max_num_seqs, 3, dtype=torch.float32, device=device)
         self._integers = torch.zeros(max_num_seqs, 2, dtype=torch.int64, device=device)
         self._greedy = np.ones(max_num_seqs, dtype=bool)
@@ -39,8 +41,8 @@ class SamplingTable:
         greedy = temperature == 0
         top_k = params.top_k if 0 < params.top_k < self._vocab_size else 0
         floats = [temperature, params.top_p, params.min_p]
-        self._floats[slot] = torch.tensor(floats).to(self._device)
-        self._integers[slot] = torch.tensor([top_k, signed64(row.seed)]).to(self._device)
+        self._floats[slot] = self._upload(torch.tensor(floats))
+        self._integers[slot] = self._upload(torch.tensor([top_k, signed64(row.seed)]))
         self._greedy[slot] = greedy
         self._filtered[slot] = not greedy and (top_k > 0 or params.top_p < 1 or params.min_p > 0)
 
@@ -50,7 +52,7 @@ class SamplingTable:
 
     def gather(self, rows: SampleRows) -> SamplingTensors:
         """The parameters of a step's rows."""
-        slots_S = torch.from_numpy(rows.slots_S).to(self._device)
+        slots_S, positions_S = self._upload(torch.from_numpy(np.stack([rows.slots_S, rows.positions_S])))
         temperature_S, top_p_S, min_p_S = self._columns(self._floats, slots_S)
         top_k_S, seeds_S = self._columns(self._integers, slots_S)
         return SamplingTensors(
@@ -59,7 +61,7 @@ class SamplingTable:
             top_p_S=top_p_S,
             min_p_S=min_p_S,
             seeds_S=seeds_S,
-            positions_S=torch.from_numpy(rows.positions_S).to(self._device),
+            positions_S=positions_S,
             all_greedy=bool(self._greedy[rows.slots_R].all()),
             any_filter=bool(self._filtered[rows.slots_R].any()),
         )

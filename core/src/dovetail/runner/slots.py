@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dovetail.contracts.attention import StepTensors
-from dovetail.contracts.platform import Bucket
+from dovetail.contracts.platform import Bucket, Platform
 from dovetail.messages import NULL_BLOCK, NewRow, StepPlan
 
 
@@ -84,14 +84,15 @@ class SlotTables:
         max_model_len: int,
         block_size: int,
         num_groups: int,
-        device: torch.device,
+        platform: Platform,
         tokens_SL: Tensor | None = None,
     ) -> None:
         """Empty tables; ``tokens_SL`` is another model's, if both know the same tokens."""
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self._block_size = block_size
-        self._device = device
+        self._platform = platform
+        device = self._device = platform.device
         if tokens_SL is None:
             tokens_SL = torch.zeros(max_num_seqs, max_model_len + 1, dtype=torch.int64, device=device)
         self.tokens_SL = tokens_SL
@@ -112,15 +113,24 @@ class SlotTables:
 
     def append(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> None:
         """Append verified tokens, one list per slot."""
-        if all(len(ids) == 1 for ids in token_ids):
-            tokens = np.array(token_ids, dtype=np.int64)[:, 0]
-            rows_R, columns_R, tokens_R = self._upload(np.array(slots), self.num_tokens_S[slots], tokens)
-            self.tokens_SL[rows_R, columns_R] = tokens_R
-            self.num_tokens_S[slots] += 1
-            return
-        for slot, ids in zip(slots, token_ids, strict=True):
-            self._write(slot, int(self.num_tokens_S[slot]), ids)
-            self.num_tokens_S[slot] += len(ids)
+        counts = [len(ids) for ids in token_ids]
+        ends = np.cumsum(counts)
+        offsets = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+        positions = np.repeat(self.num_tokens_S[slots], counts) + offsets
+        tokens = np.array([token for ids in token_ids for token in ids], dtype=np.int64)
+        rows_N, columns_N, tokens_N = self._upload(np.repeat(slots, counts), positions, tokens)
+        self.tokens_SL[rows_N, columns_N] = tokens_N
+        self.num_tokens_S[slots] += counts
+
+    def append_each(self, slots_R: np.ndarray, tokens_R: Tensor) -> None:
+        """Append one token to each slot; the host need not know which."""
+        self.write(slots_R, self.num_tokens_S[slots_R], tokens_R)
+        self.num_tokens_S[slots_R] += 1
+
+    def write(self, slots_R: np.ndarray, positions_R: np.ndarray, tokens_R: Tensor) -> None:
+        """Put one token of the device into each slot."""
+        rows_R, columns_R = self._upload(slots_R, positions_R)
+        self.tokens_SL[rows_R, columns_R] = tokens_R
 
     def step_tensors(self, rows: StepRows, bucket: Bucket, num_logits: int | None) -> StepTensors:
         """Gather one step's tables, padded to the bucket.
@@ -181,10 +191,10 @@ class SlotTables:
         self.num_tokens_S[row.slot] = len(row.token_ids)
         for table, block_ids in zip(self.block_tables, row.block_ids, strict=True):
             table[row.slot].fill_(NULL_BLOCK)
-            table[row.slot, : len(block_ids)] = torch.tensor(block_ids, dtype=torch.int32).to(self._device)
+            table[row.slot, : len(block_ids)] = self._platform.upload(torch.tensor(block_ids, dtype=torch.int32))
 
     def _write(self, slot: int, start: int, token_ids: Sequence[int]) -> None:
-        self.tokens_SL[slot, start : start + len(token_ids)] = torch.tensor(token_ids).to(self._device)
+        self.tokens_SL[slot, start : start + len(token_ids)] = self._platform.upload(torch.tensor(token_ids))
 
     def _add_blocks(self, updates: Sequence[tuple[int, int, int, list[int]]]) -> None:
         """One copy per group, however many requests grow."""
@@ -202,7 +212,7 @@ class SlotTables:
     def _upload(self, *columns: np.ndarray) -> Sequence[Tensor]:
         """Several columns of int64 in one copy: to a device, each costs as much as all of them."""
         sizes = [len(column) for column in columns]
-        return torch.split(torch.from_numpy(np.concatenate(columns)).to(self._device), sizes)
+        return torch.split(self._platform.upload(torch.from_numpy(np.concatenate(columns))), sizes)
 
 
 def _padded(values: np.ndarray, size: int, fill: int = 0) -> np.ndarray:

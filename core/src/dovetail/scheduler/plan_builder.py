@@ -12,13 +12,17 @@ from dovetail.scheduler.request import Request
 class PlanBuilder:
     """One plan in the making.
 
+    Args:
+        ahead: whether later plans may go on from tokens that this one samples, before they are read.
+
     Attributes:
         budget: tokens that may still be scheduled.
         requests: per column entry, the request it describes.
     """
 
-    def __init__(self, step: int, budget: int) -> None:
+    def __init__(self, step: int, budget: int, ahead: bool) -> None:
         self.budget = budget
+        self._ahead = ahead
         self.requests: list[Request] = []
         self._step = step
         self._new_rows: list[NewRow] = []
@@ -31,12 +35,13 @@ class PlanBuilder:
 
     def schedule(self, request: Request, start: int, count: int) -> None:
         """Compute ``count`` tokens of a request from position ``start``, its drafts at the end."""
-        beyond = start + count - len(request.token_ids)
+        beyond = start + count - len(request.token_ids) - request.unread
         self.requests.append(request)
         self._slots.append(request.slot)
         self._num_computed.append(start)
         self._num_scheduled.append(count)
         self._samples.append(beyond >= 0)
+        request.unread += self._ahead and beyond >= 0
         self._drafts.append(request.drafts[:beyond] if beyond > 0 else [])
         request.drafts = []
         request.in_flight += count

@@ -21,9 +21,9 @@ class Request:
     """One live request.
 
     The ledger: ``num_computed`` tokens are stored and verified, ``in_flight`` more were planned and not yet
-    committed, ``token_ids`` are known, and ``drafts`` are guesses for what follows them. A plan starts at
-    ``num_computed + in_flight``; a commit moves its tokens from ``in_flight`` to ``num_computed``, or drops
-    those of rejected drafts.
+    committed, ``token_ids`` are known, ``unread`` more were sampled or will be by planned steps, and ``drafts`` are
+    guesses for what follows them. A plan starts at ``num_computed + in_flight``; a commit moves its tokens from
+    ``in_flight`` to ``num_computed``, or drops those of rejected drafts, and reads what was sampled.
 
     Attributes:
         number: counts arrivals; unique.
@@ -61,6 +61,7 @@ class Request:
         "stops",
         "table",
         "token_ids",
+        "unread",
     )
 
     def __init__(
@@ -85,6 +86,7 @@ class Request:
         self.entered_step = -1
         self.num_computed = 0
         self.in_flight = 0
+        self.unread = 0
         self.drafts: list[int] = []
         self.num_cached: int | None = None
         self.num_preemptions = 0

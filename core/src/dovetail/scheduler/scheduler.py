@@ -137,7 +137,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next step's work, or None if there is nothing to compute."""
-        builder = PlanBuilder(self._step, self._config.max_num_batched_tokens)
+        builder = PlanBuilder(self._step, self._config.max_num_batched_tokens, self._config.async_scheduling)
         preempted = self._counters.num_preemptions
         self._plan_running(builder)
         if self._counters.num_preemptions == preempted:
@@ -177,8 +177,9 @@ class Scheduler:
             position += 1
             start = request.num_computed + request.in_flight
             later = len(self._running) - position  # each keeps a token, lest drafts or a long prompt starve them
-            count = min(len(request.token_ids) + len(request.drafts) - start, max(1, builder.budget - later))
-            if count <= 0:
+            known = len(request.token_ids) + request.unread
+            count = min(known + len(request.drafts) - start, max(1, builder.budget - later))
+            if count <= 0 or known >= request.max_tokens:  # nothing to compute, or its last token is on its way
                 continue
             table, updates = request.table, []
             if slides and start >= table.slides_at:
@@ -206,7 +207,7 @@ class Scheduler:
         Returns:
             Tokens that now fit; 0 if the request itself had to be preempted.
         """
-        known = len(request.token_ids)
+        known = len(request.token_ids) + request.unread
         while (grown := self.kv.grow(request.table, start + count)) is None:
             if start + count > known:
                 request.drafts = []
@@ -224,7 +225,7 @@ class Scheduler:
         self._leave_slot(request)
         request.state = RequestState.WAITING
         request.num_computed = 0
-        request.in_flight = 0
+        request.in_flight = request.unread = 0  # what was not read yet is sampled again, and is the same
         request.drafts = []
         request.num_preemptions += 1
         self._counters.num_preemptions += 1
@@ -278,6 +279,7 @@ class Scheduler:
         """Move one request's tokens from in flight to computed, and add what was sampled."""
         count, new = plan.num_scheduled[index], result.token_ids[index]
         request.in_flight -= count
+        request.unread -= self._config.async_scheduling and plan.samples[index]
         request.num_computed += count
         if request.prompt_logprobs is not None:
             first = plan.num_computed[index] + 1

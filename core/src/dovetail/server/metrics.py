@@ -251,6 +251,7 @@ def _config_labels(config: EngineConfig) -> dict[str, str]:
         "block_size": config.block_size,
         "prefix_caching": config.enable_prefix_caching,
         "chunked_prefill": config.enable_chunked_prefill,
+        "async_scheduling": config.async_scheduling,
         "scheduling_policy": config.scheduling_policy,
         "fallbacks": len(config.fallbacks),
     }

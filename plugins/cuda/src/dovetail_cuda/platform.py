@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dovetail.contracts.platform import (
     Bucket,
@@ -20,7 +21,9 @@ from dovetail.contracts.platform import (
 )
 from dovetail.errors import ConfigError
 from dovetail_cuda.graphs import GraphPool, GraphStep
+from dovetail_cuda.kernel_cache import keep_kernels
 from dovetail_cuda.shapes import GRAPH_TOKENS, GraphShapes
+from dovetail_cuda.transfers import Transfers
 
 DRIVER = Path("/proc/driver/nvidia")
 OLDEST = (8, 0)
@@ -49,16 +52,17 @@ class CudaPlatform(Platform):
             if config.num_threads < 1:
                 raise ConfigError(f"--num-threads is {config.num_threads}; it must be at least 1.")
             torch.set_num_threads(config.num_threads)
-        graphs = config.options.get("graphs", True)
-        if not isinstance(graphs, bool):
-            raise ConfigError(f"--platform-config has graphs {graphs!r}; it must be true or false.")
         self._device = torch.device("cuda", torch.cuda.current_device())
         capability = torch.cuda.get_device_capability(self._device)
         if capability < OLDEST:
             found, needed = (".".join(map(str, version)) for version in (capability, OLDEST))
             name = torch.cuda.get_device_name(self._device)
             raise ConfigError(f"{name} has compute capability {found}, and {needed} is needed; use another --platform.")
-        self._pool = GraphPool(self._device) if graphs else None
+        self._free_at_start, _ = torch.cuda.mem_get_info(self._device)
+        self._pool = None if config.eager else GraphPool(self._device)
+        self._transfers = Transfers(self._device)
+        if config.cache is not None:
+            keep_kernels(config.cache, capability)
 
     @property
     def device(self) -> torch.device:
@@ -66,10 +70,21 @@ class CudaPlatform(Platform):
         return self._device
 
     def memory(self) -> MemoryInfo:
-        """Free memory, with what torch keeps for allocations to come."""
+        """Free memory, with what torch keeps for allocations to come. Graphs have a pool of their own, which no step of
+        theirs fills more than the largest step takes.
+        """
         free, total = torch.cuda.mem_get_info(self._device)
-        kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        return MemoryInfo(total=total, available=free + kept, dedicated=True)
+        reserved, allocated = torch.cuda.memory_reserved(self._device), torch.cuda.memory_allocated(self._device)
+        step = torch.cuda.max_memory_allocated(self._device) - allocated
+        torch.cuda.reset_peak_memory_stats(self._device)
+        held = max(allocated, self._free_at_start - free - (reserved - allocated))
+        return MemoryInfo(
+            total=total,
+            available=free + reserved - allocated,
+            dedicated=True,
+            held=held,
+            peak=held + step * (1 if self._pool is None else 2),
+        )
 
     @classmethod
     def default_dtype(cls, checkpoint_dtype: torch.dtype) -> torch.dtype:
@@ -86,6 +101,14 @@ class CudaPlatform(Platform):
     def shape_policy(self, max_tokens: int, max_requests: int) -> ShapePolicy:
         """One size per number of tokens."""
         return GraphShapes(max_tokens, max_requests)
+
+    def upload(self, host: Tensor) -> Tensor:
+        """From pinned memory, in the order of the work."""
+        return self._transfers.upload(host)
+
+    def download(self, tensors: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
+        """To pinned memory, beside the work."""
+        return self._transfers.download(tensors)
 
     def compile(self, step: StepFunction, bucket: Bucket) -> StepFunction:
         """A graph for small steps; large ones keep the device busy while the host launches."""

@@ -37,7 +37,7 @@ def dovetail_register_platforms(register: Register[PlatformManifest]) -> None:
             dtypes=DTYPES,
             attention=("triton",),
             ops=OPS,
-            defaults={"graphs": True},
+            asynchronous=True,
         ),
         "dovetail_cuda.platform:CudaPlatform",
     )
