@@ -40,7 +40,7 @@ class Factor:
     Attributes:
         options: of the engine; ``"{draft}"`` stands for the draft checkpoint.
         happened: whether statistics show that it took effect.
-        excludes: factors that set the same option.
+        excludes: factors that set the same option, or cannot be had together.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -58,12 +58,12 @@ FACTORS: dict[str, Factor] = {
     "preemption": Factor(options={"block_size": 32}, happened=lambda stats: stats.num_preemptions > 0),
     "small_pages": Factor(options={"block_size": 16}),
     "ngram": Factor(
-        options=_speculation(method="ngram"), happened=lambda stats: stats.drafts_proposed > 0, excludes=("draft",)
+        options=_speculation(method="ngram"), happened=lambda stats: stats.drafts_proposed > 0, excludes=("draft", "async")
     ),
     "draft": Factor(
         options=_speculation(method="draft_model", model="{draft}"),
         happened=lambda stats: 0 < stats.drafts_accepted < stats.drafts_proposed,
-        excludes=("ngram",),
+        excludes=("ngram", "async"),
     ),
     "quantized": Factor(options={"quantization": "int8"}),
     "batch_mix": Factor(),
@@ -71,6 +71,7 @@ FACTORS: dict[str, Factor] = {
     "abort": Factor(),
     "restart": Factor(),
     "attention": Factor(options={"attention": "blocked"}),
+    "async": Factor(options={"async_scheduling": True}, excludes=("ngram", "draft")),
 }
 
 Combination = tuple[str, ...]

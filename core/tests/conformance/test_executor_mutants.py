@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace as changed
 from typing import Any
 
 import pytest
+import torch
 from msgspec.structs import replace
 
 from dovetail.contracts.executor import ExecutorInfo, Progress
@@ -43,6 +44,29 @@ class Distorting(LocalExecutor):
 
     def result(self, result: StepResult, plan: StepPlan) -> StepResult:
         return result
+
+
+class KnowsTokensWhenRead(LocalExecutor):
+    """What a step samples reaches the tables when its result is read, and the next step may be under way by then."""
+
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        tokens = self._runner._tables.tokens_SL
+        unread = [(slot, plan.num_computed[i] + plan.num_scheduled[i]) for i, slot in enumerate(plan.slots)]
+        before = [tokens[place].clone() for place in unread]
+        read = super().submit(plan)
+        after = [tokens[place].clone() for place in unread]
+        self._put(unread, before)
+
+        def result() -> StepResult:
+            self._put(unread, after)
+            return read()
+
+        return result
+
+    @torch.inference_mode()
+    def _put(self, places: Sequence[tuple[int, int]], values: Sequence[torch.Tensor]) -> None:
+        for place, value in zip(places, values, strict=True):
+            self._runner._tables.tokens_SL[place] = value
 
 
 class LosesALayer(Distorting):
@@ -327,6 +351,7 @@ MUTANTS = {
     VerifiesItsOwnProposals: "executor.20",
     HidesErrors: "executor.21",
     OneErrorForAll: "executor.21",
+    KnowsTokensWhenRead: "executor.22",
 }
 RAISE = {ClosesOnce}
 """Mutants whose own exception is what the report shows."""

@@ -76,6 +76,16 @@ class MemoryInFractions(ReferencePlatform):
         return MemoryInfo(total=4 * GIB, available=0.9 * 4 * GIB)  # type: ignore[arg-type]
 
 
+class NeverPeaks(ReferencePlatform):
+    def memory(self) -> MemoryInfo:
+        return MemoryInfo(total=4 * GIB, available=4 * GIB, held=GIB, peak=GIB)
+
+
+class PeaksForGood(ReferencePlatform):
+    def memory(self) -> MemoryInfo:
+        return MemoryInfo(total=4 * GIB, available=4 * GIB, held=GIB, peak=2 * GIB)
+
+
 class TakesTheCheckpointsDtype(ReferencePlatform):
     @classmethod
     def default_dtype(cls, checkpoint_dtype: torch.dtype) -> torch.dtype:
@@ -268,6 +278,22 @@ class SamplesByRow(ReferencePlatform):
         return {"sample": sample}
 
 
+class OneBufferForAll(ReferencePlatform):
+    """Downloads that are under way at the same time overwrite each other."""
+
+    buffers: ClassVar[dict[int, torch.Tensor]] = {}
+
+    def download(self, tensors: Sequence[torch.Tensor]) -> Callable[[], Sequence[torch.Tensor]]:
+        for i, tensor in enumerate(tensors):
+            self.buffers[i] = tensor.clone()
+        return lambda: [self.buffers[i] for i in range(len(tensors))]
+
+
+class UploadsAsFloat(ReferencePlatform):
+    def upload(self, host: torch.Tensor) -> torch.Tensor:
+        return super().upload(host).to(torch.float32)
+
+
 class WarmsUpTooLittle(Shaped):
     """Claims static shapes and compiles while serving."""
 
@@ -296,6 +322,8 @@ MUTANTS = {
     ProbeSetsThreads: "platform.2",
     AnotherDevice: "platform.3",
     MoreAvailableThanThereIs: "platform.4",
+    NeverPeaks: "platform.4",
+    PeaksForGood: "platform.4",
     MemoryInMegabytes: "platform.4",
     MemoryInFractions: "platform.4",
     TakesTheCheckpointsDtype: "platform.5",
@@ -322,6 +350,8 @@ MUTANTS = {
     SamplesByRow: "platform.15",
     WarmsUpTooLittle: "platform.16",
     PadsRequestsNever: "platform.16",
+    OneBufferForAll: "platform.17",
+    UploadsAsFloat: "platform.17",
 }
 CLAIMS = {
     "no such dtype": (replace(MANIFEST, dtypes=("float32", "float31")), "platform.6"),

@@ -216,9 +216,9 @@ class Platform(ABC):
         ...
 
     def upload(self, host: Tensor) -> Tensor:
-        """A host tensor's copy on the device, for work that is queued from now on. The host tensor may change after.
+        """A host tensor on the device, for work that is queued from now on. Neither is changed afterwards.
 
-        A platform whose device works on its own need not wait until the copy is there.
+        A platform whose device works on its own need not wait until a copy is there.
 
         Phase: step. Order: 1. Times: often. May raise: nothing.
         """

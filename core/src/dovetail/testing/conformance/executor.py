@@ -455,6 +455,23 @@ class ExecutorSuite(Suite):
         finally:
             executor.close()
 
+    def test_ahead(self, tmp_path: Path) -> None:
+        """executor.22: steps that were submitted before the results of earlier ones are read go on from the tokens that
+        those sample; a result that is not wanted any more harms nobody.
+        """
+        with self.loaded(tmp_path) as (writer, _):
+            for slot in range(3):
+                writer.enter(slot, _prompt(14 + slot, slot))
+            writer.step({0: 14, 1: 15, 2: 16})
+            writer.decode_ahead([2, 0, 1], count=7, depth=2)
+            writer.leave(1)
+            writer.enter(1, _prompt(9, 7))
+            writer.step({1: 9, 0: 1, 2: 1})
+            writer.decode_ahead([0, 1, 2], count=4, depth=3)
+            for slot, prompt in ((0, _prompt(14)), (1, _prompt(9, 7)), (2, _prompt(16, 2))):
+                output = writer.rows[slot].output
+                self._same(output, self.expected(prompt, len(output)), f"slot {slot}, with steps under way")
+
     # ---- shared steps
 
     def _hf_config(self, windowed: bool) -> dict[str, object]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -153,18 +153,36 @@ class PlanWriter:
             self.step({slot: self.rows[slot].left for slot in chosen if len(self.rows[slot].output) < count})
         return {slot: self.rows[slot].output[:count] for slot in chosen}
 
-    def _plan(self, counts: Mapping[int, int], drafts: Mapping[int, Sequence[int]]) -> StepPlan:
+    def decode_ahead(self, slots: Sequence[int], count: int, depth: int) -> None:
+        """Decode the slots side by side for ``count`` steps, up to ``depth`` of which are submitted before one is read.
+
+        Each slot has one known token left.
+        """
+        submitted: deque[tuple[StepPlan, Callable[[], StepResult]]] = deque()
+        while count or submitted:
+            if count and len(submitted) < depth:
+                plan = self._plan(dict.fromkeys(slots, 1), {}, ahead=len(submitted))
+                submitted.append((plan, self.executor.submit(plan)))
+                count -= 1
+            else:
+                plan, read = submitted.popleft()
+                result = read()
+                check_result(plan, result)
+                self._take(plan, result)
+
+    def _plan(self, counts: Mapping[int, int], drafts: Mapping[int, Sequence[int]], ahead: int = 0) -> StepPlan:
+        """The next plan, after ``ahead`` that decode the same slots and were not read yet."""
         updates = list(self._nulls)
         for slot, count in counts.items():
-            updates += self._grow(slot, self.rows[slot].computed + count + len(drafts.get(slot, ())))
+            updates += self._grow(slot, self.rows[slot].computed + ahead + count + len(drafts.get(slot, ())))
         rows = [self.rows[slot] for slot in counts]
         freed, self._freed, self._nulls = self._freed, [], []
         return StepPlan(
-            step=self._step,
+            step=self._step + ahead,
             new_rows=[self._new_row(slot) for slot in counts if not self.rows[slot].entered],
             freed_slots=freed,
             slots=list(counts),
-            num_computed=[row.computed for row in rows],
+            num_computed=[row.computed + ahead for row in rows],
             num_scheduled=[count + len(drafts.get(slot, ())) for slot, count in counts.items()],
             drafts=[list(drafts.get(slot, ())) for slot in counts],
             samples=[row.computed + count == len(row.tokens) for row, count in zip(rows, counts.values(), strict=True)],

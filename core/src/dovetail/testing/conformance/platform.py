@@ -21,6 +21,8 @@ from dovetail.testing.conformance.suite import TOLERANCE, Suite
 
 MAXIMA = ((64, 8), (37, 5), (2048, 256), (1, 1), (16, 16))
 """Largest steps, ``(tokens, requests)``, that shape policies are asked for."""
+PASSING_BYTES = 64 << 20
+"""Taken on the device for a moment, where peaks are counted."""
 PROMPTS = (3, 40, 1, 25, 60)
 """Lengths of the prompts of the small engine."""
 
@@ -70,13 +72,20 @@ class PlatformSuite(Suite):
         self.equal(total, 20, "sum of 0, 2, 4, 6, 8 on the device")
 
     def test_memory(self) -> None:
-        """platform.4: memory is counted in whole bytes, and no more is available than there is."""
-        memory = self.make().memory()
+        """platform.4: memory is counted in whole bytes, and no more is available than there is; a peak is of the time
+        since it was last asked for."""
+        platform = self.make()
+        memory = platform.memory()
         self.check(isinstance(memory, MemoryInfo), f"memory(): expected a MemoryInfo, got {memory!r}.")
         counts = (memory.available, memory.total)
         self.check(all(type(count) is int for count in counts), f"memory(): expected whole numbers, got {memory!r}.")
         self.check(0 < memory.available <= memory.total, f"memory(): {memory!r}")
         self.check(memory.available > 1 << 20, f"memory(): {memory.available} cannot hold a model; are they bytes?")
+        if memory.peak is not None:
+            torch.zeros(PASSING_BYTES, dtype=torch.uint8, device=platform.device)  # and gone
+            seen, later = platform.memory(), platform.memory()
+            self.check((seen.peak or 0) - seen.held >= PASSING_BYTES, f"memory() lacks a peak: {seen!r}")
+            self.check(later.held <= (later.peak or 0) < later.held + PASSING_BYTES, f"memory() keeps a peak: {later!r}")
 
     @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_default_dtype(self, stored: torch.dtype) -> None:
@@ -193,6 +202,40 @@ class PlatformSuite(Suite):
                     for name, out, plain in zip(("hidden states", "logits"), outs, step(tensors, []), strict=True):
                         what = f"{name} of call {seed} at {tuple(bucket)}"
                         self.close(out.clone(), plain.cpu(), what, dtype=dtype)
+
+    def test_transfers(self) -> None:
+        """platform.17: uploads are on the device as they were on the host; downloads hold what the work queued before
+        them left, also when they are read after later work and later downloads.
+        """
+        platform = self.make()
+        hosts = [
+            torch.arange(7, dtype=torch.int64),
+            torch.linspace(-1, 1, 12).reshape(3, 4).t(),
+            torch.tensor([True, False]),
+            torch.empty(0, 3, dtype=torch.int32),
+            torch.tensor(2.5),
+        ]
+        with torch.inference_mode():
+            on_device = [platform.upload(host) for host in hosts]
+            reads = []
+            for factor in (2, 3):
+                scaled = [tensor * factor if tensor.dtype != torch.bool else ~tensor for tensor in on_device]
+                reads.append(platform.download(scaled))
+                del scaled
+                torch.ones(1 << 20, device=platform.device).cumsum(0)
+            for factor, read in zip((2, 3), reads, strict=True):
+                for host, got in zip(hosts, read(), strict=True):
+                    what = f"{host.dtype} of shape {tuple(host.shape)}, downloaded times {factor}"
+                    self.equal((got.device.type, got.dtype), ("cpu", host.dtype), f"device and dtype of {what}")
+                    right = host * factor if host.dtype != torch.bool else ~host
+                    self.equal(got.tolist(), right.tolist(), what)
+        for host, tensor in zip(hosts, on_device, strict=True):
+            what = f"device, dtype and shape of an uploaded {host.dtype} of shape {tuple(host.shape)}"
+            self.equal(
+                (tensor.device.type, tensor.dtype, tuple(tensor.shape)),
+                (platform.device.type, host.dtype, tuple(host.shape)),
+                what,
+            )
 
     def test_engine(self, dtype: torch.dtype, checkpoint: Path) -> None:
         """platform.14: an engine on the platform, with each of its attention backends, generates the tokens of a dense
