@@ -1,193 +1,188 @@
-"""Offline workloads on one GPU, with weights that only have a model's shapes, beside what the device can do.
+"""Dovetail and its peers on one GPU, one after another in processes of their own, beside what the device can do.
 
-    python benchmarks/gpu/bench.py benchmarks/gpu/llama8b [--only W2,W3] [--profile]
+    python benchmarks/gpu/bench.py benchmarks/gpu/llama8b [--vllm PYTHON] [--transformers PYTHON] [--results FILE]
 
-Prints a line of JSON for the ceilings measured in this run, for the start, and for each workload.
+A peer is measured when the Python of its own environment is given. With ``--results``, what is measured stays in a file
+as it comes, a later call only runs what is missing on this device, and the table shows both.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
+import os
+import signal
 import statistics
+import subprocess
+import sys
 import time
-from dataclasses import dataclass
-from importlib.resources import files
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-START = time.perf_counter()
+from floor import Rates, Shape
+from workloads import WORKLOADS, Workload
 
-import torch  # noqa: E402  importing is part of the start
+HERE = Path(__file__).parent
+ENGINES = {"dovetail": "engine_dovetail.py", "vllm": "engine_vllm.py", "transformers": "engine_transformers.py"}
+LATE_S = 20.0
+"""How long past its deadline an engine's process may take to end by itself."""
 
-from dovetail import LLM, SamplingParams  # noqa: E402
-
-
-@dataclass(frozen=True)
-class Workload:
-    """``requests`` prompts of ``shared + unique`` tokens, each continued by ``out`` greedy tokens."""
-
-    requests: int
-    shared: int
-    unique: int
-    out: int
-
-    def prompts(self, vocab: int, seed: int) -> list[list[int]]:
-        """Fresh ids for each seed, so that no prefix is cached from one repetition to the next."""
-        rng = random.Random(seed)
-        head = [rng.randrange(1000, vocab - 1000) for _ in range(self.shared)]
-        return [head + [rng.randrange(1000, vocab - 1000) for _ in range(self.unique)] for _ in range(self.requests)]
+Line = dict[str, Any]
 
 
-WORKLOADS = {
-    "W3": Workload(requests=1, shared=0, unique=128, out=256),
-    "W2": Workload(requests=64, shared=0, unique=128, out=512),
-    "W4": Workload(requests=64, shared=0, unique=2048, out=1),
-    "W1": Workload(requests=512, shared=0, unique=512, out=128),
-    "W5": Workload(requests=256, shared=1024, unique=64, out=64),
-}
+class Results:
+    """Lines of one model on one device, kept in a file if there is one."""
+
+    def __init__(self, path: Path | None, model: str, device: str) -> None:
+        self._path = path
+        self._where = {"model": model, "device": device}
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        self._lines: list[Line] = [line for line in map(json.loads, lines) if self._where.items() <= line.items()]
+
+    def add(self, engine: str, line: Line) -> None:
+        """One more."""
+        line = {**self._where, "engine": engine, **line}
+        self._lines.append(line)
+        print(json.dumps(line), flush=True)
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def of(self, engine: str, key: str, workload: str | None = None) -> list[Any]:
+        """Every value of a key."""
+        mine = (line for line in self._lines if line["engine"] == engine and line.get("workload") == workload)
+        return [line[key] for line in mine if key in line]
+
+    def missing(self, engine: str, names: Iterable[str], repetitions: int) -> list[tuple[str, int]]:
+        """Runs still to make: each workload once, then each twice …"""
+        have = {name: len(self.of(engine, "seconds", name)) for name in names}
+        return [(name, number) for number in range(repetitions) for name in have if number >= have[name]]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a step of a dense decoder reads and computes, counted from config.json.
+def measure(engine: str, python: str, job: Line, environment: dict[str, str] | None = None) -> Iterator[Line]:
+    """Run an engine's process and yield what it says."""
+    begun = time.time()
+    process = subprocess.Popen(
+        [python, str(HERE / ENGINES[engine]), json.dumps({**job, "begun": begun})],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(environment or {})},
+        start_new_session=True,  # with its own children, it can be ended as a group
+    )
+    assert process.stdout is not None
+    signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
+    signal.alarm(int(job["deadline"] + LATE_S))
+    try:
+        yield from map(json.loads, process.stdout)
+        code = process.wait()
+        if code:
+            yield {"error": f"ended with status {code}"}
+    finally:
+        signal.alarm(0)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
-    Attributes:
-        linears: weights of all layers' products, without the output head.
-        head: weights of the output head.
-        kv_bytes: of one token in all layers.
+
+def device_name() -> str:
+    """What the driver calls the first GPU."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+
+
+class Report:
+    """The table of one model.
+
+    Args:
+        engines: in the order of its columns; Dovetail first.
     """
 
-    linears: int
-    head: int
-    kv_bytes: int
+    def __init__(self, results: Results, engines: list[str], shape: Shape, device: str) -> None:
+        self._results = results
+        self._engines = engines
+        self._shape = shape
+        self._device = device
 
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> Shape:
-        """Count."""
-        width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-        heads, kv_heads, size = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
-        layer = width * size * (2 * heads + 2 * kv_heads) + 3 * width * inner
-        return cls(layers * layer, width * config["vocab_size"], layers * 2 * kv_heads * size * 2)
+    def lines(self, names: list[str], model: str) -> Iterator[str]:
+        """Markdown; after a peer's figure, how many times as fast Dovetail is."""
+        reads, flops = (self._results.of("dovetail", key) for key in ("read", "flops"))
+        if not reads:
+            yield "No ceilings: Dovetail's process did not get that far."
+            return
+        rates = Rates(statistics.median(reads), statistics.median(flops))
+        yield f"{model} on {self._device}: {rates.read / 1e12:.2f} TB/s read, {rates.flops / 1e12:.0f} TFLOP/s in bf16"
+        versions = [
+            f"{engine} {v[-1]}" if (v := self._results.of(engine, "version")) else "" for engine in self._engines
+        ]
+        yield "| workload | floor | of it | " + " | ".join(filter(None, versions)) + " |"
+        yield "|---" * (3 + len(list(filter(None, versions)))) + "|"
+        for name in names:
+            work = WORKLOADS[name]
+            floor = self._shape.floor(work, rates)
+            yield self._row(f"{name} total, s", {e: self._results.of(e, "seconds", name) for e in self._engines}, floor)
+            if work.latency:
+                yield self._row(f"{name} first token, ms", {e: self._first(e, work) for e in self._engines})
+                step = (floor - self._shape.floor(work.first(), rates)) / (work.out - 1)
+                yield self._row(f"{name} per token, ms", {e: self._steps(e, work) for e in self._engines}, 1e3 * step)
+        yield self._row("process start → first answer, s", {e: self._results.of(e, "ready_s") for e in self._engines})
 
-    def floor(self, work: Workload, read: float, flops: float) -> float:
-        """Seconds below which nothing gets: prompts at the matrix rate, decode steps at that or the memory's."""
-        unique = work.shared + work.requests * work.unique
-        seconds = 2 * self.linears * unique / flops + 2 * self.head * work.requests / flops
-        length = work.shared + work.unique + work.out / 2
-        moved = 2 * (self.linears + self.head) + work.requests * length * self.kv_bytes
-        computed = 2 * (self.linears + self.head) * work.requests
-        return seconds + (work.out - 1) * max(moved / read, computed / flops)
+    def _first(self, engine: str, work: Workload) -> list[float]:
+        return [1e3 * seconds for seconds in self._results.of(engine, "first_s", work.name)]
+
+    def _steps(self, engine: str, work: Workload) -> list[float]:
+        pairs = zip(
+            self._results.of(engine, "seconds", work.name), self._results.of(engine, "first_s", work.name), strict=True
+        )
+        return [1e3 * (total - first) / (work.out - 1) for total, first in pairs]
+
+    def _row(self, title: str, values: dict[str, list[float]], floor: float | None = None) -> str:
+        ours = statistics.median(values["dovetail"]) if values["dovetail"] else None
+        cells = [f"{floor:.4g}" if floor else "", f"{floor / ours:.2f}" if floor and ours else ""]
+        for engine, own in values.items():
+            if not self._results.of(engine, "version"):
+                continue
+            median = statistics.median(own) if own else None
+            cell = f"{median:.4g} ({len(own)})" if median is not None else "–"
+            cells.append(cell + (f" × {median / ours:.2f}" if median and ours and engine != "dovetail" else ""))
+        return f"| {title} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
-    """Measure."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--only", default=",".join(WORKLOADS))
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--profile", action="store_true", help="of decode steps at batch 64")
-    parser.add_argument("--options", type=json.loads, default={}, help="of the engine, as JSON")
+    parser.add_argument("--results", type=Path, help="file of lines to add to, and to read what is measured from")
+    parser.add_argument("--deadline", type=float, default=600.0, help="seconds for each engine's process")
+    parser.add_argument("--options", type=json.loads, default={}, help="of Dovetail's engine, as JSON")
+    parser.add_argument("--skip-dovetail", action="store_true", help="only run peers; Dovetail's figures are known")
+    for peer in ("vllm", "transformers"):
+        parser.add_argument(f"--{peer}", metavar="PYTHON", help=f"measure {peer} with this interpreter")
+        parser.add_argument(f"--{peer}-only", metavar="WORKLOADS", help="fewer of them")
     arguments = parser.parse_args()
     config = json.loads((arguments.model / "config.json").read_text())
-    begun = time.perf_counter()
-    llm = LLM(
-        str(arguments.model),
-        **{
-            "load_format": "dummy",
-            "tokenizer": str(files("dovetail_models") / "checkpoints/fable-4m"),  # any will do: ids go in and come out
-            "dtype": "bfloat16",
-            "max_model_len": 4096,
-            "max_num_seqs": 512,
-            "max_num_batched_tokens": 8192,
-            **arguments.options,
-        },
-    )
-    ready = time.perf_counter()
-    emit(workload="start", process_s=ready - START, engine_s=ready - begun)
-    read, flops = ceilings()
-    emit(workload="ceilings", device=torch.cuda.get_device_name(), read_gb_s=read / 1e9, bf16_tflop_s=flops / 1e12)
-    runs = Runs(llm, config["vocab_size"])
-    for name in arguments.only.split(","):
-        floor = Shape.of(config).floor(WORKLOADS[name], read, flops)
-        emit(workload=name, **runs.measure(WORKLOADS[name], arguments.repetitions, floor))
-    if arguments.profile:
-        profile(runs)
-
-
-class Runs:
-    """Workloads on one engine."""
-
-    def __init__(self, llm: LLM, vocab: int) -> None:
-        self._llm = llm
-        self._vocab = vocab
-        self._seed = 0
-
-    def once(self, work: Workload, out: int) -> float:
-        """Seconds of one repetition."""
-        self._seed += 1
-        params = SamplingParams(temperature=0.0, max_tokens=out, ignore_eos=True, detokenize=False)
-        prompts = [{"prompt_token_ids": ids} for ids in work.prompts(self._vocab, self._seed)]
-        begun = time.perf_counter()
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        seconds = time.perf_counter() - begun
-        assert all(len(output.outputs[0].token_ids) == out for output in outputs)
-        return seconds
-
-    def measure(self, work: Workload, repetitions: int, floor: float) -> dict[str, Any]:
-        """Medians, after a short run that compiles and captures."""
-        self.once(work, min(work.out, 8))
-        totals = [self.once(work, work.out) for _ in range(repetitions)]
-        total = statistics.median(totals)
-        result: dict[str, Any] = {"total_s": total, "all_s": totals}
-        if work.out > 1:
-            first = statistics.median(self.once(work, 1) for _ in range(repetitions))
-            result |= {"first_token_ms": 1e3 * first, "step_ms": 1e3 * (total - first) / (work.out - 1)}
-        return {**result, "output_tok_s": work.requests * work.out / total, "floor_s": floor, "of_floor": floor / total}
-
-
-def ceilings() -> tuple[float, float]:
-    """Bytes per second that a sum reads, and operations per second of a large bf16 product."""
-    values = torch.empty(1 << 28, dtype=torch.int64, device="cuda").random_()
-    read = values.nbytes / seconds_of(values.sum)
-    del values
-    size = 8192
-    x, y = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return read, 2 * size**3 / seconds_of(lambda: x @ y)
-
-
-def seconds_of(run: Any, times: int = 10) -> float:
-    """Of one call on the device."""
-    for _ in range(3):
-        run()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(times):
-        run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / times
-
-
-def profile(runs: Runs) -> None:
-    """Where the device's and the host's time goes in decode steps at batch 64."""
-    work, steps = Workload(requests=64, shared=0, unique=128, out=1), 33
-    runs.once(work, steps)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        seconds = runs.once(work, steps)
-    averages = profiler.key_averages()
-    busy = sum(event.self_device_time_total for event in averages if event.device_type.name == "CUDA") / 1e6
-    emit(workload="profile", steps=steps, seconds=seconds, device_busy_s=busy)
-    print(averages.table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=80))
-    print(averages.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))
-
-
-def emit(**numbers: Any) -> None:
-    """One line."""
-    rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in numbers.items()}
-    print(json.dumps(rounded), flush=True)
+    device, names = device_name(), arguments.only.split(",")
+    results = Results(arguments.results, arguments.model.name, device)
+    pythons = {"dovetail": None if arguments.skip_dovetail else sys.executable}
+    pythons |= {"vllm": arguments.vllm, "transformers": arguments.transformers}
+    for engine, python in pythons.items():
+        chosen = getattr(arguments, f"{engine}_only", None)
+        runs = results.missing(engine, chosen.split(",") if chosen else names, arguments.repetitions)
+        if not (python and runs):
+            continue
+        job = {
+            "model": str(arguments.model),
+            "vocab": config["vocab_size"],
+            "deadline": arguments.deadline,
+            "runs": runs,
+            "ceilings": engine == "dovetail",
+            "options": arguments.options if engine == "dovetail" else {},
+        }
+        for line in measure(engine, python, job):
+            results.add(engine, line)
+    print("\n".join(Report(results, list(ENGINES), Shape.of(config), device).lines(names, arguments.model.name)))
 
 
 if __name__ == "__main__":
