@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dovetail.contracts.attention import AttentionBackend, AttentionSpec, StepTensors
 from dovetail.contracts.ops import OpTable
+from dovetail.ops import reference
 from dovetail.plugins.manifest import AttentionManifest
 from dovetail.testing.conformance import AttentionSuite, scenarios, unregistered
 
@@ -367,6 +368,40 @@ class RefusesWithoutAWord(Loops):
             self.block_size += 1  # runs, and is wrong
 
 
+class NormalisesAfterTurning(Loops):
+    def forward_projected(self, qkv, positions, preparation, cache, metadata, spec):
+        q, k, v = replace(preparation, norm_weights_K=None).heads(qkv, positions, spec)
+        if preparation.norm_weights_K is not None:
+            weights = preparation.norm_weights_K
+            q, k = (reference.rms_norm(x, w, preparation.eps) for x, w in zip((q, k), weights, strict=True))
+        return self.forward(q, k, v, cache, metadata, spec)
+
+
+class TurnsWholeHeads(Loops):
+    def forward_projected(self, qkv, positions, preparation, *rest):
+        angles = preparation.cos_sin_PK.unflatten(1, (2, -1))
+        missing = rest[-1].head_size // 2 - angles.shape[2]
+        table = torch.cat([angles, angles[..., :1].expand(-1, -1, missing)], dim=2).flatten(1)
+        return super().forward_projected(qkv, positions, replace(preparation, cos_sin_PK=table), *rest)
+
+
+class ProjectionsMustBeDense(Loops):
+    def forward_projected(self, qkv, *rest):
+        return super().forward_projected(torch.as_strided(qkv, qkv.shape, (qkv.shape[1], 1)), *rest)
+
+
+class NormsWithoutEps(Loops):
+    def forward_projected(self, qkv, positions, preparation, *rest):
+        return super().forward_projected(qkv, positions, replace(preparation, eps=0.0), *rest)
+
+
+class KeepsACacheOfItsOwn(Loops):
+    def forward_projected(self, qkv, positions, preparation, cache, metadata, spec):
+        q, k, v = preparation.heads(qkv, positions, spec)
+        own = self.__dict__.setdefault("own", torch.zeros_like(cache))
+        return self.forward(q, k, v, own, metadata, spec)
+
+
 MUTANTS = {
     CountsKeysAlone: "attention.1",
     TakesMoreThanItSays: "attention.1",
@@ -408,6 +443,11 @@ MUTANTS = {
     RefusesInItsOwnWay: "attention.31",
     RefusesWithoutAWord: "attention.31",
     OverflowsInTheCache: "attention.32",
+    NormalisesAfterTurning: "attention.33",
+    TurnsWholeHeads: "attention.33",
+    ProjectionsMustBeDense: "attention.34",
+    NormsWithoutEps: "attention.33",
+    KeepsACacheOfItsOwn: "attention.35",
 }
 
 

@@ -140,7 +140,27 @@ def one_query_per_request(self, q, k, v, cache, metadata, spec):
     return out[last.repeat_interleave(counts)]
 
 
+def prepared_with(change):
+    """Prepares projections itself, from other arguments."""
+
+    def forward_projected(self, qkv, positions, preparation, *layer):
+        arguments = change(qkv, positions, preparation)
+        return ReferenceAttention.forward_projected(self, *arguments, *layer)
+
+    return forward_projected
+
+
+def test_backends_that_prepare_projections_are_checked_both_ways():
+    honest = liar(forward_projected=prepared_with(lambda *arguments: arguments))
+    for dtype in ("float32", "bfloat16"):
+        check(honest, dtype=dtype, kv_dtype=dtype)
+    check(honest, platform=LadderPlatform)
+    with pytest.raises(PluginLoadError, match="is off by"):
+        check(type("Liar", (honest,), {"forward": replaced(scale=1.0)}), PLAIN)
+
+
 LIES = {
+    "turns nothing": (liar(forward_projected=prepared_with(lambda x, at, how: (x, 0 * at, how))), PLAIN, "is off by"),
     "no window": (liar(forward=replaced(window=None)), WINDOWED, "is off by"),
     "no soft cap": (liar(forward=replaced(soft_cap=None)), CAPPED, "is off by"),
     "wrong scale": (liar(forward=replaced(scale=1.0)), PLAIN, "is off by"),

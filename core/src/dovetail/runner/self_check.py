@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dovetail.config import EngineConfig, Selection
-from dovetail.contracts.attention import AttentionBackend, AttentionSpec
+from dovetail.contracts.attention import AttentionBackend, AttentionSpec, KVCache, Metadata, StepTensors
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Platform, ShapePolicy
 from dovetail.errors import PluginLoadError
@@ -31,6 +31,9 @@ NARROW_TOLERANCE = 0.2
 """For caches of one byte per element."""
 PAGE_TOLERANCE = 0.02
 NUM_BLOCKS = 8
+Layer = tuple[KVCache, Metadata, AttentionSpec]
+Entry = Callable[[AttentionBackend, StepTensors, Sequence[Tensor], Layer, TinyBatch], Tensor]
+"""One of the two methods by which a layer attends."""
 
 _logger = logging.getLogger("dovetail.self_check")
 
@@ -80,6 +83,8 @@ def check_attention(
 ) -> None:
     """Run each kind of layer on a ragged batch: a prompt's later chunk, a decode, drafts to verify, a whole prompt.
 
+    A backend that prepares projections itself runs it a second time, from projections.
+
     Args:
         device, shapes: of the platform.
         specs: one per layer.
@@ -100,10 +105,12 @@ def check_attention(
         kv_dtype=getattr(torch, config.kv_dtype),
     )
     group_of = {layer: number for number, group in enumerate(groups) for layer in group.layers}
+    prepares = type(backend).forward_projected is not AttentionBackend.forward_projected
+    entries = [_plain, _projected] if prepares else [_plain]
     for spec, number in dict.fromkeys((spec, group_of[layer]) for layer, spec in enumerate(specs)):
         _check_pages(part, backend, spec)
-        problem = _attention_problem(backend, _felt(spec), number, shapes, batch)
-        if problem:
+        problems = [_attention_problem(backend, entry, _felt(spec), number, shapes, batch) for entry in entries]
+        for problem in filter(None, problems):
             raise _lie(part, "--attention", f"claims {_capabilities(spec, batch.kv_dtype)}, but {problem}")
 
 
@@ -113,8 +120,21 @@ def _felt(spec: AttentionSpec) -> AttentionSpec:
     return replace(spec, window=window, soft_cap=None if spec.soft_cap is None else SOFT_CAP)
 
 
+def _plain(
+    backend: AttentionBackend, tables: StepTensors, qkv: Sequence[Tensor], layer: Layer, batch: TinyBatch
+) -> Tensor:
+    return backend.forward(qkv[0], qkv[1], qkv[2], *layer)
+
+
+def _projected(
+    backend: AttentionBackend, tables: StepTensors, qkv: Sequence[Tensor], layer: Layer, batch: TinyBatch
+) -> Tensor:
+    qkv_TE = torch.cat(list(qkv), dim=1).flatten(1)
+    return backend.forward_projected(qkv_TE, tables.positions_T, batch.rotation(layer[2].head_size), *layer)
+
+
 def _attention_problem(
-    backend: AttentionBackend, spec: AttentionSpec, group: int, shapes: ShapePolicy, batch: TinyBatch
+    backend: AttentionBackend, entry: Entry, spec: AttentionSpec, group: int, shapes: ShapePolicy, batch: TinyBatch
 ) -> str:
     cache = backend.allocate(spec, batch.num_blocks)
     k_cache, v_cache = batch.reference_cache(spec)
@@ -122,8 +142,10 @@ def _attention_problem(
         q, k, v = batch.inputs(spec, step)
         tables = batch.tensors(step, shapes)
         rows = len(tables.token_ids_T)
-        q_THK, k_TNK, v_TNK = (batch.on_device(x, rows - step.num_tokens) for x in (q, k, v))
-        out = backend.forward(q_THK, k_TNK, v_TNK, cache, backend.build_metadata(tables, group), spec)
+        qkv = [batch.on_device(x, rows - step.num_tokens) for x in (q, k, v)]
+        out = entry(backend, tables, qkv, (cache, backend.build_metadata(tables, group), spec), batch)
+        if entry is _projected:
+            q, k = batch.turned(step, q), batch.turned(step, k)
         reference.write_kv(batch.stored(k), batch.stored(v), k_cache, v_cache, step.slots_T)
         if not step.judged:
             continue

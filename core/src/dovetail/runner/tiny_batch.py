@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dovetail.contracts.attention import AttentionSpec, StepTensors
+from dovetail.contracts.attention import AttentionSpec, Preparation, StepTensors
+from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import ShapePolicy
+from dovetail.layers.rotary import frequencies, rotary_table
+from dovetail.ops import reference
 
 KINDS = ("a later chunk of a prompt", "a decode", "drafts to verify", "a whole prompt")
 
@@ -35,6 +38,12 @@ class TinyStep:
     def num_tokens(self) -> int:
         """Of all requests."""
         return sum(self.counts)
+
+    @property
+    def positions(self) -> Tensor:
+        """int64: of each token in its request."""
+        spans = zip(self.done, self.counts, strict=True)
+        return torch.tensor([position for done, count in spans for position in range(done, done + count)])
 
     @property
     def starts(self) -> Tensor:
@@ -119,6 +128,19 @@ class TinyBatch:
         """Keys or values as the cache's dtype holds them, in float32."""
         return x_TNK.to(self.kv_dtype).float()
 
+    def rotation(self, head_size: int) -> Preparation:
+        """A layer that turns whole heads."""
+        return Preparation(cos_sin_PK=self._angles(head_size).to(self._device), ops=OpTable())
+
+    def turned(self, step: TinyStep, x_THK: Tensor) -> Tensor:
+        """Queries or keys by the reference's rotation, with values that the dtypes can hold."""
+        turned_THK, _ = reference.rotary(x_THK, x_THK, step.positions, self._angles(x_THK.shape[2]))
+        return turned_THK.to(self.dtype).float()
+
+    def _angles(self, head_size: int) -> Tensor:
+        longest = max(done + count for done, count in zip(self._done, self._counts, strict=True))
+        return rotary_table(frequencies(head_size // 2 * 2, 100.0), longest, torch.device("cpu"))
+
     def on_device(self, x_THK: Tensor, padding: int) -> Tensor:
         """The engine's form of an input, with rows of padding."""
         return torch.cat([x_THK, x_THK.new_zeros((padding, *x_THK.shape[1:]))]).to(self._device, self.dtype)
@@ -129,8 +151,7 @@ class TinyBatch:
         table_RB = torch.zeros((requests, self._width if shapes.static else self.table_RB.shape[1]), dtype=torch.int32)
         table_RB[: len(step.requests), : self.table_RB.shape[1]] = self.table_RB[step.requests]
         starts = _padded(step.starts, requests + 1, step.num_tokens)
-        positions = [p for done, count in zip(step.done, step.counts, strict=True) for p in range(done, done + count)]
-        positions_T = _padded(torch.tensor(positions), tokens, 0).to(self._device)
+        positions_T = _padded(step.positions, tokens, 0).to(self._device)
         return StepTensors(
             token_ids_T=torch.zeros_like(positions_T),
             positions_T=positions_T,

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dovetail.contracts.attention import AttentionSpec
+from dovetail.contracts.attention import AttentionSpec, Preparation
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Platform, PlatformConfig
 from dovetail.errors import ConfigError
 from dovetail.testing.conformance.paged_batch import PLAIN, Bench, Layout, Part, Request, dense, whole, with_values
+from dovetail.testing.conformance.projected import STYLES, preparation, prepared
 from dovetail.testing.conformance.subject import installed, registered
 from dovetail.testing.conformance.suite import TOLERANCE, Suite, needs
 
@@ -53,7 +54,7 @@ class AttentionSuite(Suite):
         device, ops = self._place(dtype)
         size = block_size or self.block_sizes()[0]
         backend = self.tested.cls(ops=ops, device=device, dtype=dtype, kv_dtype=kv_dtype or dtype, block_size=size)
-        return Bench(backend=backend, device=device, dtype=dtype, block_size=size, fail=self.fail)
+        return Bench(backend=backend, device=device, ops=ops, dtype=dtype, block_size=size, fail=self.fail)
 
     def block_sizes(self) -> Sequence[int]:
         """Some that the manifest declares: the usual one, and extremes."""
@@ -452,6 +453,52 @@ class AttentionSuite(Suite):
             expected = torch.full(out.shape, largest[kv_dtype], dtype=torch.float64)
             self.close(out, expected, f"values of {beyond:g} in a cache of {kv_dtype}", dtype=dtype)
 
+    # ---- projections
+
+    @pytest.mark.parametrize("name", STYLES)
+    def test_projection(self, dtype: torch.dtype, name: str) -> None:
+        """attention.33: a projection that is still to be prepared is normalised, rotated and stored as by the
+        operations one by one: whatever is normalised, however much of a head is turned.
+        """
+        bench, spec, style = self.bench(dtype), self.spec(), STYLES[name]
+        requests, blocks = bench.requests(spec, (1, 18, 66))
+        given = preparation(style, spec, dtype, bench.device, bench.ops)
+        outs = _ragged(bench, spec, requests, bench.backend.allocate(spec, blocks), (1, 5, 33), preparation=given)
+        ready = [prepared(request, style, spec) for request in requests]
+        self._agree(outs, ready, spec, dtype, f"a projection, {name}", looser=2)
+
+    @pytest.mark.parametrize(
+        "layout",
+        [Layout(row_stride=2), Layout(padding_tokens=9, padding_requests=3, padding_value=0.0)],
+        ids=["row stride", "padding"],
+    )
+    def test_layout_of_projections(self, dtype: torch.dtype, layout: Layout) -> None:
+        """attention.34: a projection's rows may be strided and some of them padding, zeros too."""
+        bench, spec, style = self.bench(dtype), self.spec(), STYLES["norms"]
+        requests, blocks = bench.requests(spec, (20, 33))
+        given = preparation(style, spec, dtype, bench.device, bench.ops)
+        outs = _ragged(bench, spec, requests, bench.backend.allocate(spec, blocks), (1, 16), layout, given)
+        ready = [prepared(request, style, spec) for request in requests]
+        self._agree(outs, ready, spec, dtype, f"a projection, {layout}", looser=2)
+
+    def test_projections_share_the_cache(self, dtype: torch.dtype) -> None:
+        """attention.35: steps that hand over projections and steps that hand over queries, keys and values read the
+        same cache, in every declared dtype.
+        """
+        for name in self.manifest.kv_dtypes:
+            kv_dtype = dtype if name == "auto" else getattr(torch, name)
+            bench, spec, style = self.bench(dtype, kv_dtype), self.spec(), STYLES["norms"]
+            (request,), blocks = bench.requests(spec, (40,))
+            ready, store = prepared(request, style, spec), bench.backend.allocate(spec, blocks)
+            given = preparation(style, spec, dtype, bench.device, bench.ops)
+            outs = bench.run([Part(ready, 0, 17)], store, spec)
+            outs += bench.run([Part(request, 17, 30)], store, spec, preparation=given)
+            outs += bench.run([Part(ready, 30, 39)], store, spec)
+            outs += bench.run([Part(request, 39, 40)], store, spec, preparation=given)
+            looser = max(2.0, NARROW.get(kv_dtype, 0.0) / TOLERANCE[dtype])
+            expected = dense(ready, spec, kv_dtype)
+            self.close(torch.cat(outs), expected, f"a {name} cache, written either way", dtype=dtype, looser=looser)
+
     # ---- shared steps
 
     def _works_or_refuses(self, dtype: torch.dtype, kv_dtype: torch.dtype, block_size: int, named: str) -> None:
@@ -520,6 +567,7 @@ def _ragged(
     store: Any,
     chunks: Sequence[int],
     layout: Layout | None = None,
+    preparation: Preparation | None = None,
 ) -> list[Tensor]:
     """Compute all requests side by side, each in chunks of random sizes; returns all rows of each."""
     rng = random.Random(1)
@@ -530,7 +578,7 @@ def _ragged(
         rng.shuffle(chosen)
         ends = {i: min(len(requests[i]), done[i] + rng.choice(chunks)) for i in chosen}
         parts = [Part(requests[i], done[i], ends[i]) for i in chosen]
-        for i, out in zip(chosen, bench.run(parts, store, spec, layout), strict=True):
+        for i, out in zip(chosen, bench.run(parts, store, spec, layout, preparation), strict=True):
             rows[i].append(out)
             done[i] = ends[i]
     return [torch.cat(outs) for outs in rows]

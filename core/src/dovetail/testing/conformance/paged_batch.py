@@ -10,7 +10,8 @@ from itertools import accumulate, islice
 import torch
 from torch import Tensor
 
-from dovetail.contracts.attention import AttentionBackend, AttentionSpec, KVCache, Metadata, StepTensors
+from dovetail.contracts.attention import AttentionBackend, AttentionSpec, KVCache, Metadata, Preparation, StepTensors
+from dovetail.contracts.ops import OpTable
 from dovetail.messages import NULL_BLOCK
 from dovetail.testing.conformance.dense import attend
 
@@ -73,11 +74,13 @@ class Bench:
     Attributes:
         backend: made for ``dtype`` and ``block_size``.
         device: its.
+        ops: what it was made with.
         fail: called with a message where rows of padding are not finite.
     """
 
     backend: AttentionBackend
     device: torch.device
+    ops: OpTable
     dtype: torch.dtype
     block_size: int
     fail: Callable[[str], None]
@@ -111,12 +114,26 @@ class Bench:
         return Request((SIGNAL * q).to(self.dtype), k.to(self.dtype), v.to(self.dtype), blocks)
 
     def run(
-        self, parts: Sequence[Part], cache: KVCache, spec: AttentionSpec, layout: Layout | None = None
+        self,
+        parts: Sequence[Part],
+        cache: KVCache,
+        spec: AttentionSpec,
+        layout: Layout | None = None,
+        preparation: Preparation | None = None,
     ) -> list[Tensor]:
-        """One layer of one step; returns the rows of each part, on the host."""
+        """One layer of one step; returns the rows of each part, on the host.
+
+        Args:
+            preparation: given to the backend with the projection, which it still has to prepare.
+        """
         layout = layout or Layout()
-        metadata = self.backend.build_metadata(self.tables(parts, layout=layout), 0)
-        return self.forward(parts, cache, metadata, spec, layout)
+        tables = self.tables(parts, layout=layout)
+        metadata = self.backend.build_metadata(tables, 0)
+        if preparation is None:
+            return self.forward(parts, cache, metadata, spec, layout)
+        qkv_TE = self.projection(parts, layout)
+        out = self.backend.forward_projected(qkv_TE, tables.positions_T, preparation, cache, metadata, spec)
+        return self._rows(out, parts, layout)
 
     def forward(
         self, parts: Sequence[Part], cache: KVCache, metadata: Metadata, spec: AttentionSpec, layout: Layout
@@ -124,6 +141,10 @@ class Bench:
         """One layer of a step whose metadata is there."""
         q_THK, k_TNK, v_TNK = self.inputs(parts, layout)
         out = self.backend.forward(q_THK, k_TNK, v_TNK, cache, metadata, spec)
+        return self._rows(out, parts, layout)
+
+    def _rows(self, out: Tensor, parts: Sequence[Part], layout: Layout) -> list[Tensor]:
+        """The rows of each part; those of padding are looked at here."""
         counts = [part.end - part.start for part in parts]
         rows = list(out[: sum(counts)].cpu().split_with_sizes(counts))
         padding = out[sum(counts) :].cpu()
@@ -141,6 +162,11 @@ class Bench:
         if layout.merged:
             return list(torch.cat(made, dim=1).split_with_sizes([x.shape[1] for x in made], 1))
         return made
+
+    def projection(self, parts: Sequence[Part], layout: Layout) -> Tensor:
+        """Queries, keys and values side by side, as a layer's projection gives them; rows are ``row_stride`` apart."""
+        qkv_TE = torch.cat(self.inputs(parts, replace(layout, merged=False)), dim=1).flatten(1)
+        return qkv_TE.repeat(1, layout.row_stride)[:, : qkv_TE.shape[1]]
 
     def tables(self, *groups: Sequence[Part], layout: Layout) -> StepTensors:
         """A step's tables: one list of parts per KV group, which differ in their blocks alone."""
