@@ -31,8 +31,8 @@ IMPLEMENTATIONS = {
     SpecDecoder: NgramDecoder,
     Executor: LocalExecutor,
 }
-UNSEEN = {(QuantMethod, "recognises")}
-"""Only a quantized checkpoint is recognised."""
+UNSEEN = {(QuantMethod, "recognises"), (Executor, "run")}
+"""Only a quantized checkpoint is recognised, and only an executor that cannot submit is asked to run."""
 
 
 @pytest.fixture(scope="module")

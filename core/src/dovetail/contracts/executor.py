@@ -68,7 +68,7 @@ class Executor(ABC):
     def run(self, plan: StepPlan) -> StepResult:
         """Run one step. Plans arrive in order; the columns of the result match the plan's.
 
-        Phase: step. Order: 1. Times: once. May raise: anything, after which the engine is dead.
+        Phase: step. Order: 2. Times: once, unless submit does it. May raise: anything, after which the engine is dead.
         """
         ...
 
