@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dovetail.contracts.attention import AttentionBackend, AttentionSpec, StepTensors
+from dovetail.contracts.attention import AttentionBackend, AttentionSpec, Preparation, StepTensors
 from dovetail.contracts.ops import OpTable
 from dovetail.errors import ConfigError
 from dovetail_cuda.kernels.attention import paged_attention
 from dovetail_cuda.kernels.cache import write_kv
+from dovetail_cuda.kernels.projection import prepare_and_store
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -80,10 +81,28 @@ class TritonAttention(AttentionBackend):
         """Store, then attend."""
         k_cache_BPNK, v_cache_BPNK = cache.keys.transpose(1, 2), cache.values.transpose(1, 2)
         write_kv(k_TNK, v_TNK, k_cache_BPNK, v_cache_BPNK, metadata.slot_mapping_T)
+        return self._attend(q_THK, cache, metadata, spec)
+
+    def forward_projected(
+        self,
+        qkv_TE: Tensor,
+        positions_T: Tensor,
+        preparation: Preparation,
+        cache: TritonCache,
+        metadata: TritonMetadata,
+        spec: AttentionSpec,
+    ) -> Tensor:
+        """Normalise, turn and store in one kernel, then attend."""
+        k_cache_BPNK, v_cache_BPNK = cache.keys.transpose(1, 2), cache.values.transpose(1, 2)
+        slots_T = metadata.slot_mapping_T
+        q_THK = prepare_and_store(qkv_TE, positions_T, preparation, spec, k_cache_BPNK, v_cache_BPNK, slots_T)
+        return self._attend(q_THK, cache, metadata, spec)
+
+    def _attend(self, q_THK: Tensor, cache: TritonCache, metadata: TritonMetadata, spec: AttentionSpec) -> Tensor:
         return paged_attention(
             q_THK,
-            k_cache_BPNK,
-            v_cache_BPNK,
+            cache.keys.transpose(1, 2),
+            cache.values.transpose(1, 2),
             metadata.block_table_RB,
             metadata.query_start_R1,
             metadata.seq_lens_R,
