@@ -188,6 +188,19 @@ def first_expert_alone(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, we
     return reference.moe_experts(x, gate_up, down, ids[:, :1], weights[:, :1])
 
 
+def choose_in_low_precision(logits: Tensor, active: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    ids, weights = reference.choose_experts(logits, active, normalize)
+    return ids, weights.bfloat16().float()
+
+
+def choose_the_least_probable_first(logits: Tensor, active: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    return tuple(out.flip(-1) for out in reference.choose_experts(logits, active, normalize))
+
+
+def choose_and_always_normalize(logits: Tensor, active: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    return reference.choose_experts(logits, active, True)
+
+
 def keys_for_values(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     reference.write_kv(k, k, k_cache, v_cache, slots)
 
@@ -267,6 +280,9 @@ MUTANTS: Mapping[Callable[..., Any], tuple[str, str]] = {
     last_expert_for_nobody: ("moe_experts", "ops.16"),
     experts_of_equal_weight: ("moe_experts", "ops.16"),
     first_expert_alone: ("moe_experts", "ops.16"),
+    choose_in_low_precision: ("choose_experts", "ops.23"),
+    choose_the_least_probable_first: ("choose_experts", "ops.23"),
+    choose_and_always_normalize: ("choose_experts", "ops.23"),
     keys_for_values: ("write_kv", "ops.17"),
     write_to_contiguous_pages: ("write_kv", "ops.17"),
     window_one_too_wide: ("paged_attention", "ops.18"),

@@ -235,6 +235,19 @@ def test_w4a16_mm(dtype, zero_points):
     assert_matches(reference.w4a16_mm(x, packed, scales, zeros, group), expected, dtype)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_choose_experts(dtype, normalize):
+    logits = rand(5, 7, dtype=dtype)
+    ids, weights = reference.choose_experts(logits, 3, normalize)
+    assert weights.dtype == torch.float32
+    for row, chosen, given in zip(logits.tolist(), ids.tolist(), weights.tolist(), strict=True):
+        assert chosen == sorted(range(7), key=lambda e: -row[e])[:3]
+        powers = [math.exp(logit) for logit in row]
+        total = sum(powers[e] for e in chosen) if normalize else sum(powers)
+        assert given == pytest.approx([powers[e] / total for e in chosen], rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_moe_experts(dtype):
     tokens, width, inner, experts = 6, 4, 3, 4

@@ -45,6 +45,7 @@ class OpTable:
     block_scaled_pack: Callable[..., PackedWeight] = reference.block_scaled_pack
     block_scaled_mm: Callable[..., Tensor] = reference.block_scaled_mm
     w4a16_mm: Callable[..., Tensor] = reference.w4a16_mm
+    choose_experts: Callable[..., tuple[Tensor, Tensor]] = reference.choose_experts
     experts_pack: Callable[..., PackedExperts] = reference.experts_pack
     moe_experts: Callable[..., Tensor] = reference.moe_experts
     write_kv: Callable[..., None] = reference.write_kv

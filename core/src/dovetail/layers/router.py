@@ -9,7 +9,7 @@ from dovetail.layers.linear import Linear, Unquantized
 
 
 class Router(Linear):
-    """Softmax over the experts, of which each token takes the most probable (Shazeer et al. 2017, arXiv:1701.06538).
+    """A linear layer whose outputs are the experts' logits; see :func:`dovetail.ops.reference.choose_experts`.
 
     Its weight is plain whatever the number format of the experts: it is small, and rounding it changes the choice.
 
@@ -30,13 +30,10 @@ class Router(Linear):
         normalize: bool,
     ) -> None:
         super().__init__(context, name, hidden_size, num_experts, quant=Unquantized())
+        self._choose = context.ops.choose_experts
         self._num_active = num_active
         self._normalize = normalize
 
     def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """The experts ``[T, A]`` of each token, and their float32 weights ``[T, A]``."""
-        probs_TE = self.forward(x_TD).float().softmax(-1)
-        weights_TA, ids_TA = probs_TE.topk(self._num_active, dim=-1)
-        if self._normalize:
-            weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
-        return ids_TA, weights_TA
+        return self._choose(self.forward(x_TD), self._num_active, self._normalize)

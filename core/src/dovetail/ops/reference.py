@@ -232,6 +232,23 @@ def w4a16_mm(
     return F.linear(x_TI.to(dtype), weight_OI).to(x_TI.dtype)
 
 
+def choose_experts(logits_TE: Tensor, num_active: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Softmax over the experts, of which each token takes the most probable (Shazeer et al. 2017, arXiv:1701.06538).
+
+    Args:
+        logits_TE: ``[T, E]``.
+        num_active: experts per token, ``A``.
+        normalize: whether the chosen experts' probabilities are scaled to sum to 1.
+
+    Returns:
+        int64 ids ``[T, A]``, the most probable first, of equals any; and float32 weights ``[T, A]``.
+    """
+    weights_TA, ids_TA = _wide(logits_TE).softmax(-1).topk(num_active, dim=-1)
+    if normalize:
+        weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
+    return ids_TA, weights_TA.to(torch.float32)
+
+
 def experts_pack(weight_EOI: Tensor) -> Tensor:
     """Bring stacked weights ``[E, O, I]`` into the form that :func:`moe_experts` reads; here they stay themselves."""
     return weight_EOI

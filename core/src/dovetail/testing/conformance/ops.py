@@ -349,6 +349,26 @@ class OpsSuite(Suite):
             what = f"{tokens} tokens, {choices} of {experts} experts each"
             self.close(out, expected, what, dtype=dtype, looser=2)  # each of three products is rounded
 
+    @covers("choose_experts")
+    @pytest.mark.parametrize(("experts", "active"), [(1, 1), (6, 2), (33, 5), (128, 8)])
+    @pytest.mark.parametrize("normalize", [True, False])
+    def test_choose_experts(self, dtype: torch.dtype, experts: int, active: int, normalize: bool) -> None:
+        """ops.23: choose_experts takes each token's most probable experts in their order, any of equals, and gives
+        their probabilities in float32, scaled to sum to 1 or as they are.
+        """
+        ops = self.table(dtype)
+        for tokens in TOKENS:
+            logits = 3 * randn(tokens, experts + 3, dtype=dtype)[:, 3:]
+            ids, weights = (out.cpu() for out in ops.choose_experts(self.place(logits), active, normalize))
+            what = f"{active} of {experts} experts for {tokens} tokens"
+            self.equal((ids.dtype, tuple(ids.shape)), (torch.int64, (tokens, active)), f"ids of {what}")
+            self.check(all(len(set(row)) == active for row in ids.tolist()), f"{what}: chosen twice: {ids}")
+            best = logits.double().sort(-1, descending=True).values[:, :active]
+            self._exact(logits.double().gather(1, ids), best, f"logits of {what}")
+            expected = reference.choose_experts(logits.double(), active, normalize)[1]
+            self.near(weights.double(), expected.double(), f"weights of {what}", 1e-5)
+            self.equal(weights.dtype, torch.float32, f"dtype of weights of {what}")
+
     # ---- cache
 
     @covers("write_kv")
