@@ -304,6 +304,16 @@ def test_no_weights(examine, model):
     assert texts(found["tokenizer"], "ok")
 
 
+def test_no_weights_where_none_are_read(examine, model):
+    words = ("--max-model-len", "64")
+    (own,) = examine(model, *words)[1]["memory"]
+    (model / "model.safetensors").unlink()
+    code, found = examine(model, "--load-format", "dummy", *words)
+    assert code == 0
+    assert found["weights"] == []
+    assert only(found["memory"], "ok").partition(" of KV")[0] == own["found"].partition(" of KV")[0]
+
+
 def test_tokenizer_that_cannot_be_read(examine, model):
     (model / "tokenizer.json").write_text("{")
     code, found = examine(model)

@@ -15,8 +15,8 @@ def names(text):
 
 ENGINE = names("""
     model revision tokenizer load_format dtype max_model_len max_num_seqs max_num_batched_tokens block_size
-    kv_cache_memory kv_cache_dtype enable_prefix_caching enable_chunked_prefill scheduling_policy seed platform
-    platform_config attention quantization
+    kv_cache_memory memory_fraction kv_cache_dtype enable_prefix_caching enable_chunked_prefill async_scheduling
+    scheduling_policy seed platform platform_config compile_cache eager attention quantization
     speculative_config num_threads allow_fallback
 """)
 SERVER = names("""

@@ -5,12 +5,14 @@
 ``DOVETAIL_DISABLE_PLUGINS``  comma-separated entry-point names: do not import these
 ``DOVETAIL_TRACE_HOOKS``      1 prints every hook call to stderr
 ``DOVETAIL_API_KEY``          the server's ``--api-key``
+``DOVETAIL_CACHE``            the engine's ``--compile-cache``; without it, ``dovetail`` in ``XDG_CACHE_HOME``
 ============================  ===========================================================================
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from dovetail.errors import ConfigError
 
@@ -38,3 +40,8 @@ def switch(variable: str) -> bool:
 def text(variable: str) -> str | None:
     """A string, or None when unset."""
     return os.environ.get(variable)
+
+
+def compile_cache() -> str:
+    """Where compiled code is kept for the next start."""
+    return text("DOVETAIL_CACHE") or str(Path(text("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dovetail")

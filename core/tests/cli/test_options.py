@@ -38,6 +38,7 @@ def test_defaults_are_the_dataclasses():
 EXAMPLES = {int: 3, float: 1.5, str: "text", dict: {"method": "x"}, bool: None}
 CHECKED = {
     "load_format": "dummy",
+    "memory_fraction": 0.5,
     "max_num_batched_tokens": 100,
     "dtype": "float32",
     "scheduling_policy": "priority",
@@ -170,6 +171,7 @@ def test_wrong_range_names_the_flag():
     ("name", "value"),
     [
         *(("kv-cache-memory", value) for value in ("0", "nan", "inf")),
+        *(("memory-fraction", value) for value in ("0", "nan", "1.01")),
         *(("max-body-mb", value) for value in ("0", "nan", "inf")),
         *(("drain-timeout", value) for value in ("-1", "nan", "inf")),
         ("max-waiting", "-1"),
@@ -178,6 +180,11 @@ def test_wrong_range_names_the_flag():
 def test_numbers_that_cannot_be_honoured(name, value):
     with pytest.raises(ConfigError, match=f"--{name} is"):
         collect(f"--{name}", value)
+
+
+def test_the_kv_cache_has_one_size():
+    with pytest.raises(ConfigError, match="--memory-fraction and --kv-cache-memory both size the KV cache"):
+        collect("--memory-fraction", 0.5, "--kv-cache-memory", 1)
 
 
 @pytest.mark.parametrize("key", ["", " ", "secret\n"])

@@ -9,7 +9,7 @@ from dovetail.contracts.executor import Progress
 from dovetail.contracts.model import WeightTable
 from dovetail.contracts.quant import TensorSpec
 from dovetail.layers.block import Block
-from dovetail.runner.dummy_weights import LARGEST, fill_with_noise
+from dovetail.runner.dummy_weights import LARGEST, dummy_bytes, fill_with_noise
 
 CPU = torch.device("cpu")
 
@@ -47,6 +47,13 @@ def test_every_block_is_filled_within_bounds():
     assert sorted(model.up.kept) == ["codes", "weight"]
     assert not model.up.kept["codes"].any()
     assert model.up.kept["weight"].float().abs().max() <= 2 * LARGEST
+
+
+def test_their_size_is_known_before():
+    model = Tiny()
+    size = dummy_bytes(model)
+    fill_with_noise(model, Progress())
+    assert size == sum(x.nbytes for block in (model.embed, model.up) for x in block.kept.values())
 
 
 def test_every_start_has_the_same():

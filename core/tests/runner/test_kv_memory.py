@@ -34,14 +34,52 @@ def test_a_block_is_as_large_as_its_group_has_layers():
         kv_memory.block_bytes([spec(1), spec(2)], FULL, backend())
 
 
-def free(available, **kinds):
-    return MemoryInfo(total=2 * available, available=available, **kinds)
+def free(available):
+    return MemoryInfo(total=2 * available, available=available)
 
 
-def test_the_default_takes_most_of_dedicated_memory():
-    config = engine_config(max_model_len=64, max_num_seqs=8)
-    assert kv_memory.num_blocks(config, 100, FULL, free(10_000)) == 25
-    assert kv_memory.num_blocks(config, 100, FULL, free(10_000, dedicated=True)) == 90
+def test_a_share_of_the_devices_own_memory_less_what_is_used():
+    config = engine_config(max_model_len=64, max_num_seqs=3)  # 49 blocks for full contexts
+    own = MemoryInfo(total=20_000, available=15_000, dedicated=True)
+    assert kv_memory.num_blocks(config, 100, FULL, own) == (18_000 - 5_000) // 100
+    counted = MemoryInfo(total=20_000, available=15_000, dedicated=True, held=3_000, peak=4_000)
+    assert kv_memory.num_blocks(config, 100, FULL, counted) == (18_000 - 4_000) // 100
+    half = engine_config(max_model_len=64, memory_fraction=0.5)
+    assert kv_memory.num_blocks(half, 100, FULL, counted) == (10_000 - 4_000) // 100
+    crowded = MemoryInfo(total=20_000, available=9_000, dedicated=True, held=3_000, peak=4_000)
+    assert kv_memory.num_blocks(config, 100, FULL, crowded) == (9_000 - 1_000) // 100
+    with pytest.raises(ConfigError, match=r"asks for 7.8 KiB, but 7.8 KiB are free on the device beside the largest"):
+        kv_memory.num_blocks(engine_config(max_model_len=64, kv_cache_memory=8_001), 100, FULL, crowded)
+
+
+def test_a_large_device_holds_no_more_blocks_than_the_host_can_list(monkeypatch):
+    monkeypatch.setattr(kv_memory, "MOST_BLOCKS", 60)
+    own = MemoryInfo(total=20_000, available=20_000, dedicated=True)
+    assert kv_memory.num_blocks(engine_config(max_model_len=64, max_num_seqs=3), 100, FULL, own) == 60
+    assert kv_memory.num_blocks(engine_config(max_model_len=64, max_num_seqs=5), 100, FULL, own) == 5 * 16 + 1
+
+
+def test_what_is_missing_on_a_device_and_what_to_set():
+    config = engine_config(max_model_len=64, memory_fraction=0.5)
+    counted = MemoryInfo(total=20_480, available=15_000, dedicated=True, held=8_000, peak=9_216)
+    with pytest.raises(ConfigError) as caught:
+        kv_memory.num_blocks(config, 400, FULL, counted)
+    assert str(caught.value) == (
+        "One request of --max-model-len 64 needs 6.6 KiB of KV cache, and the cache has 1.0 KiB, so 5.6 KiB are "
+        "missing. --memory-fraction 0.5 of the device's 20.0 KiB are 10.0 KiB; weights and the largest step take "
+        "9.0 KiB. Set --memory-fraction to 0.783, or lower --max-model-len or --max-num-batched-tokens."
+    )
+    kv_memory.num_blocks(engine_config(max_model_len=64, memory_fraction=0.783), 400, FULL, counted)
+    with pytest.raises(ConfigError, match=r"the cache has 0.0 KiB.* Lower --max-model-len or .*, quantize the weights"):
+        kv_memory.num_blocks(config, 1000, FULL, MemoryInfo(total=20_000, available=8_000, dedicated=True))
+
+
+def test_the_hosts_memory_has_no_fraction():
+    config = engine_config(max_model_len=64, memory_fraction=0.5)
+    with pytest.raises(
+        ConfigError, match=r"--memory-fraction is for devices .* 'scripted' shares .* --kv-cache-memory"
+    ):
+        kv_memory.num_blocks(config, 100, FULL, free(10_000))
 
 
 def test_the_default_holds_full_contexts_within_a_quarter():

@@ -49,12 +49,24 @@ def test_every_part_setting_and_fallback_has_a_row():
     part = Selection(name="guess", target="", distribution="dist-g", version="2", why="asked for", plugin="g")
     change = Change(option="--dtype", asked="float16", got="float32", why=("reasons",))
     config = engine_config(
-        spec_decoder=part, num_speculative_tokens=3, fallbacks=(change,), num_threads=2, enable_prefix_caching=False
+        spec_decoder=part,
+        num_speculative_tokens=3,
+        fallbacks=(change,),
+        num_threads=2,
+        enable_prefix_caching=False,
+        eager=True,
+        compile_cache="/somewhere",
     )
-    info = ExecutorInfo(num_blocks=2**10, block_size=4, groups=(KVGroup(layers=(0,)),), page_bytes=2**20)
+    info = ExecutorInfo(
+        num_blocks=2**10, block_size=4, groups=(KVGroup(layers=(0,)),), page_bytes=2**20, draft_bytes=2**29
+    )
     found = {row.title: row for row in effective.rows(config, info, {"dtype", "num_threads"})}
     assert found["speculation"].text == "guess (g, dist-g 2; asked for), up to 3 drafts per step"
-    assert found["KV cache"].text == "4092 tokens in 1023 blocks of 4, 1.00 GiB; prefix cache off"
+    assert found["KV cache"].text == (
+        "4092 tokens in 1023 blocks of 4, 1.50 GiB, 512.0 MiB of them the draft model's; prefix cache off"
+    )
+    assert found["platform"].text.endswith(", eager")
+    assert found["compiled code"].text == "kept in /somewhere"
     assert found["fallback"] == ("fallback", "--dtype float16 → float32", True)
     assert [title for title, row in found.items() if row.changed] == ["dtype", "threads", "fallback"]
     assert effective.lines([effective.Row("a", "b")]) == ["  a  b"]
@@ -63,7 +75,7 @@ def test_every_part_setting_and_fallback_has_a_row():
 def test_every_option_of_the_engine_marks_a_row():
     """None can change what runs without showing; the tokenizer is beside it, and a fallback shows by itself."""
     info = ExecutorInfo(num_blocks=2, block_size=4, groups=())
-    config = engine_config(num_threads=2)
+    config = engine_config(num_threads=2, compile_cache="folder")
     unmarked = {
         f.name for f in fields(EngineOptions) if not any(row.changed for row in effective.rows(config, info, {f.name}))
     }

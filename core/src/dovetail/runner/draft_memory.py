@@ -29,3 +29,8 @@ def draft_blocks(draft: LoadedModel, groups: Sequence[KVGroup], blocks: int) -> 
     """
     own = blocks_per_request(draft.config, draft_groups(draft.facts.attention))
     return (blocks - 1) * own // blocks_per_request(draft.config, groups) + 1
+
+
+def draft_bytes(draft: LoadedModel, groups: Sequence[KVGroup], blocks: int) -> int:
+    """Of the draft's cache beside ``blocks`` of the engine's."""
+    return draft_blocks(draft, groups, blocks) * draft.block_bytes(draft_groups(draft.facts.attention))

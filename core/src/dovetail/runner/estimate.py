@@ -11,10 +11,13 @@ import torch
 from dovetail.config import EngineConfig
 from dovetail.contracts.attention import AttentionSpec
 from dovetail.contracts.executor import KVGroup
+from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Platform
 from dovetail.runner.draft_memory import draft_groups
+from dovetail.runner.dummy_weights import dummy_bytes
 from dovetail.runner.kv_memory import blocks_per_request, groups_of
 from dovetail.runner.load import load_selection, platform_config
+from dovetail.runner.loaded_model import unfilled
 from dovetail.runner.loader import weight_files
 from dovetail.runner.tensor_file import TensorFile
 
@@ -41,11 +44,11 @@ def needed(config: EngineConfig, folder: Path) -> Need:
     """
     platform: Platform = load_selection(config.platform)(platform_config(config))
     specs = _attention(config)
-    weights = _weights(folder, getattr(torch, config.dtype))
+    weights = _weights(config, folder)
     one_request = _one_request(config, specs, groups_of(specs))
     if config.draft is not None:
         specs = _attention(config.draft)
-        weights += _weights(Path(config.draft.model_path), getattr(torch, config.dtype))
+        weights += _weights(config.draft, Path(config.draft.model_path))
         one_request += _one_request(config.draft, specs, draft_groups(specs))
     return Need(weights=weights, one_request=one_request, available=platform.memory().available)
 
@@ -63,7 +66,10 @@ def _one_request(config: EngineConfig, specs: Sequence[AttentionSpec], groups: S
     return blocks_per_request(config, groups) * config.block_size * per_token
 
 
-def _weights(folder: Path, dtype: torch.dtype) -> int:
+def _weights(config: EngineConfig, folder: Path) -> int:
+    if config.load_format == "dummy":
+        return dummy_bytes(unfilled(config, OpTable(), torch.device("cpu")))
+    dtype: torch.dtype = getattr(torch, config.dtype)
     tensors = [tensor for file in weight_files(folder) for tensor in TensorFile(file).tensors]
     return sum(
         tensor.nbytes // tensor.dtype.itemsize * (dtype.itemsize if tensor.dtype.itemsize > 1 else 1)

@@ -51,9 +51,7 @@ class LocalExecutor(Executor):
         groups = kv_memory.groups_of(main.facts.attention)
         bytes_per_block = main.block_bytes(groups)
         beside = 0 if drafter is None else bytes_beside_block(drafter, groups)
-        tables = SlotTables(
-            config.max_num_seqs, config.max_model_len, config.block_size, len(groups), platform
-        )
+        tables = SlotTables(config.max_num_seqs, config.max_model_len, config.block_size, len(groups), platform)
         sampler = Sampler(config.max_num_seqs, config.vocab_size, platform, ops)
 
         def passes(blocks: int) -> tuple[ForwardPass, DraftRunner | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from dovetail.config import EngineConfig
@@ -12,9 +13,12 @@ from dovetail.errors import ConfigError
 from dovetail.kv.groups import group_layers, most_pages
 from dovetail.sizes import gib_up, size
 
-SHARED, DEDICATED = 0.25, 0.9
-"""Without ``--kv-cache-memory`` the cache takes at most this share of the free memory: other programs need the host's,
-and steps need some of a device's own."""
+SHARED = 0.25
+"""Without ``--kv-cache-memory`` the cache takes at most this share of the host's free memory, which others need too."""
+DEDICATED = 0.9
+"""Default of ``--memory-fraction``."""
+MOST_BLOCKS = 1 << 20
+"""A cache in a device's own memory holds no more than this, unless full contexts need it: the host lists all blocks."""
 
 
 def groups_of(specs: Sequence[AttentionSpec]) -> tuple[KVGroup, ...]:
@@ -43,34 +47,80 @@ def blocks_per_request(config: EngineConfig, groups: Sequence[KVGroup]) -> int:
 def num_blocks(config: EngineConfig, bytes_per_block: int, groups: Sequence[KVGroup], memory: MemoryInfo) -> int:
     """Blocks of the pool, the null block included.
 
-    The default holds ``max_num_seqs`` full contexts, of which each group keeps what its window shows, within a share
-    of the available memory.
+    In a device's own memory the cache takes what ``--memory-fraction`` leaves beside the weights and the largest step.
+    In the host's it holds ``max_num_seqs`` full contexts, of which each group keeps what its window shows, within a
+    share of what is free.
+
+    Args:
+        memory: after the largest step, where the platform counts its peak.
 
     Raises:
         ConfigError: not even one request of ``max_model_len`` fits; the message says how much is missing.
     """
     per_request = blocks_per_request(config, groups)
-    wanted = config.max_num_seqs * per_request + 1
-    available = memory.available
-    if config.kv_cache_memory is None:
-        budget = min(wanted * bytes_per_block, int(available * (DEDICATED if memory.dedicated else SHARED)))
-    else:
-        budget = config.kv_cache_memory
-        if budget > available:
-            raise ConfigError(
-                f"--kv-cache-memory asks for {size(budget)}, but {size(available)} are free on the device. Lower it, "
-                "or free memory."
-            )
+    budget = _budget(config, memory)
+    needed = (per_request + 1) * bytes_per_block
+    if budget < needed:
+        raise ConfigError(_shortage(config, memory, budget, needed))
     blocks = budget // bytes_per_block
-    if blocks < per_request + 1:
-        needed = (per_request + 1) * bytes_per_block
-        draft = "" if config.draft is None else ", the draft model's included"
+    if config.kv_cache_memory is not None:
+        return blocks
+    full_contexts = config.max_num_seqs * per_request + 1
+    return min(blocks, max(full_contexts, MOST_BLOCKS) if memory.dedicated else full_contexts)
+
+
+def _budget(config: EngineConfig, memory: MemoryInfo) -> int:
+    """Bytes for the cache, which may be too few, or below zero."""
+    room = _room(memory)
+    if config.kv_cache_memory is not None:
+        if config.kv_cache_memory > room:
+            step = "" if memory.peak is None else " beside the largest step"
+            raise ConfigError(
+                f"--kv-cache-memory asks for {size(config.kv_cache_memory)}, but {size(max(0, room))} are free on the "
+                f"device{step}. Lower it, or free memory."
+            )
+        return config.kv_cache_memory
+    if memory.dedicated:
+        return min(int(memory.total * _fraction(config)) - _used(memory), room)
+    if config.memory_fraction is not None:
         raise ConfigError(
-            f"One request of --max-model-len {config.max_model_len} needs {size(needed)} of KV cache{draft}, and the "
-            f"cache has {size(budget)}, so {size(needed - budget)} are missing. Set --kv-cache-memory to "
-            f"{gib_up(needed)} or lower --max-model-len."
+            f"--memory-fraction is for devices with memory of their own, and {config.platform.name!r} shares the "
+            "host's. Say with --kv-cache-memory how much the KV cache may take."
         )
-    return blocks if config.kv_cache_memory is not None else min(blocks, wanted)
+    return int(room * SHARED)
+
+
+def _fraction(config: EngineConfig) -> float:
+    return DEDICATED if config.memory_fraction is None else config.memory_fraction
+
+
+def _used(memory: MemoryInfo) -> int:
+    """What counts against the engine's share. Where peaks are not counted, what others take does, too."""
+    return memory.total - memory.available if memory.peak is None else memory.peak
+
+
+def _room(memory: MemoryInfo) -> int:
+    """What is free beside the largest step."""
+    return memory.available - (0 if memory.peak is None else memory.peak - memory.held)
+
+
+def _shortage(config: EngineConfig, memory: MemoryInfo, budget: int, needed: int) -> str:
+    draft = "" if config.draft is None else ", the draft model's included"
+    message = (
+        f"One request of --max-model-len {config.max_model_len} needs {size(needed)} of KV cache{draft}, and the "
+        f"cache has {size(max(0, budget))}, so {size(needed - budget)} are missing. "
+    )
+    if config.kv_cache_memory is not None or not memory.dedicated:
+        return f"{message}Set --kv-cache-memory to {gib_up(needed)} or lower --max-model-len."
+    used, fraction = _used(memory), _fraction(config)
+    message += (
+        f"--memory-fraction {fraction} of the device's {size(memory.total)} are {size(int(memory.total * fraction))}; "
+        f"weights and the largest step take {size(used)}. "
+    )
+    enough = math.ceil((used + needed) / memory.total * 1000) / 1000
+    if needed <= _room(memory) and enough <= 1:
+        return f"{message}Set --memory-fraction to {enough}, or lower --max-model-len or --max-num-batched-tokens."
+    return f"{message}Lower --max-model-len or --max-num-batched-tokens, quantize the weights, or free memory."
 
 
 def allocate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from dovetail.config import EngineConfig, Selection
@@ -20,4 +21,9 @@ def load_selection(selection: Selection) -> Any:
 
 def platform_config(config: EngineConfig) -> PlatformConfig:
     """What a configuration says to its platform."""
-    return PlatformConfig(num_threads=config.num_threads, options=config.platform_options)
+    return PlatformConfig(
+        num_threads=config.num_threads,
+        eager=config.eager,
+        cache=None if config.compile_cache is None else Path(config.compile_cache),
+        options=config.platform_options,
+    )

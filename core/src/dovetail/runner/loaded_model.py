@@ -36,6 +36,20 @@ def _naming_readers(config: EngineConfig) -> Iterator[None]:
         raise
 
 
+def unfilled(config: EngineConfig, ops: OpTable, device: torch.device) -> Model:
+    """The model that a configuration names, before its blocks have tensors."""
+    model_class: type[Model] = load_selection(config.model)
+    quant_class = load_selection(config.quant)
+    context = ModelContext(
+        ops=ops,
+        dtype=getattr(torch, config.dtype),
+        device=device,
+        quant=quant_class(config.hf_config.get("quantization_config")),
+        max_model_len=config.max_model_len,
+    )
+    return model_class(config.hf_config, context)
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """One model on a platform, and what it takes to run it."""
@@ -52,17 +66,8 @@ class LoadedModel:
     ) -> LoadedModel:
         """Build the model that a configuration names, fill it from its checkpoint, and build its backend."""
         dtype: torch.dtype = getattr(torch, config.dtype)
-        model_class: type[Model] = load_selection(config.model)
-        quant_class = load_selection(config.quant)
-        context = ModelContext(
-            ops=ops,
-            dtype=dtype,
-            device=platform.device,
-            quant=quant_class(config.hf_config.get("quantization_config")),
-            max_model_len=config.max_model_len,
-        )
         with torch.inference_mode(), _naming_readers(config):
-            model = model_class(config.hf_config, context)
+            model = unfilled(config, ops, platform.device)
             if config.load_format == "dummy":
                 fill_with_noise(model, progress)
             else:
@@ -74,7 +79,7 @@ class LoadedModel:
             kv_dtype=getattr(torch, config.kv_dtype),
             block_size=config.block_size,
         )
-        facts = model_class.facts(config.hf_config)
+        facts = type(model).facts(config.hf_config)
         self_check.check_attention(config, platform.device, shapes, backend, facts.attention)
         return cls(config, platform, facts, model, backend)
 

@@ -13,7 +13,8 @@ import math
 import mmap
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from dovetail.contracts.model import Model, WeightTable
 from dovetail.contracts.quant import TensorSpec
 from dovetail.errors import ModelLoadError
 from dovetail.layers.block import Block
+from dovetail.runner.read_ahead import ReadAhead
 from dovetail.runner.tensor_file import StoredTensor, TensorFile
 
 INDEX = "model.safetensors.index.json"
@@ -37,6 +39,9 @@ LARGE_SHARE = 32
 """A layer above one part in this many of the checkpoint loads before the others."""
 MAPPED_BYTES = 1 << 18
 """Tensors of at least this size in host memory get a mapping of their own."""
+
+
+_Chunks = Callable[[TensorFile, StoredTensor], Iterator[tuple[int, Tensor]]]
 
 
 def load_weights(model: Model, path: Path, progress: Progress) -> None:
@@ -58,10 +63,22 @@ def load_weights(model: Model, path: Path, progress: Progress) -> None:
     total = sum(move.stored.nbytes for move in plan.moves)
     done = 0
     filling = Filling(plan)
-    for move in plan.in_order(total // LARGE_SHARE):
-        for nbytes in filling.copy(move):
-            done += nbytes
-            progress.update("load", done, total)
+    moves = plan.in_order(total // LARGE_SHARE)
+    with _chunks(moves, plan.device) as chunks:
+        for move in moves:
+            for nbytes in filling.copy(move, chunks(move.file, move.stored)):
+                done += nbytes
+                progress.update("load", done, total)
+
+
+@contextmanager
+def _chunks(moves: Sequence[Move], device: torch.device) -> Iterator[_Chunks]:
+    """How to get the tensors of ``moves``, in that order. What stays in host memory is copied from the mapped files."""
+    if device.type == "cpu":
+        yield TensorFile.chunks
+        return
+    with ReadAhead([(move.file, move.stored) for move in moves], device) as ahead:
+        yield ahead.chunks
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -210,6 +227,11 @@ class Plan:
             sizes[move.target.block] += move.stored.nbytes
         return sorted(self.moves, key=lambda move: min(0, large - sizes[move.target.block]))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model's tensors live."""
+        return next(block.device for block in self.blocks.values())
+
     def spec(self, target: Target) -> TensorSpec:
         """What the block expects."""
         return self.blocks[target.block].specs[target.suffix]
@@ -255,15 +277,15 @@ class Filling:
         self._left = Counter(move.target.block for move in plan.moves) + Counter(tie.block for tie in plan.ties)
         self._tensors: dict[str, dict[str, Tensor]] = {name: {} for name in plan.blocks}
 
-    def copy(self, move: Move) -> Iterator[int]:
-        """Copy one tensor piece by piece; yields the bytes of each.
+    def copy(self, move: Move, chunks: Iterable[tuple[int, Tensor]]) -> Iterator[int]:
+        """Copy one tensor piece by piece, given its rows; yields the bytes of each.
 
         Raises:
             ModelLoadError: parts of a merged layer that share this tensor bring different values.
         """
         place, shared = self._place(move)
         spec = self._plan.spec(move.target)
-        for row, piece in move.file.chunks(move.stored):
+        for row, piece in chunks:
             whole = spec.broadcast or not piece.shape
             rows = place if whole else place[row * spec.repeat : (row + len(piece)) * spec.repeat]
             values = piece if spec.repeat == 1 else piece.repeat_interleave(spec.repeat, 0)[: len(rows)]

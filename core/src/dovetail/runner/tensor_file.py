@@ -34,7 +34,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CHUNK_BYTES = 8 << 20
-"""Most bytes of a file that are mapped into memory at a time."""
+"""Most bytes of a file that are mapped into memory at a time, if a row is no larger."""
 MAX_HEADER_BYTES = 100 << 20
 """As in the format's own reader: a longer header is a corrupt one."""
 
@@ -45,6 +45,16 @@ class StoredTensor:
 
     name: str
     dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of a tensor, from row ``row`` on; scalars are one piece of shape ``[]``."""
+
+    row: int
     shape: tuple[int, ...]
     start: int
     nbytes: int
@@ -76,26 +86,28 @@ class TensorFile:
         self.tensors = self._read_header()
 
     def chunks(self, tensor: StoredTensor) -> Iterator[tuple[int, Tensor]]:
-        """A tensor in pieces along its first dimension: ``(first row, rows)``. Each piece is gone after its turn.
+        """A tensor in pieces: ``(first row, rows)``. Each piece is gone after its turn."""
+        for piece in self.pieces(tensor):
+            if not piece.nbytes:
+                yield piece.row, torch.empty(piece.shape, dtype=tensor.dtype)
+                continue
+            count = math.prod(piece.shape)
+            mapped = torch.frombuffer(self._map, dtype=tensor.dtype, count=count, offset=piece.start)
+            yield piece.row, mapped.view(piece.shape)
+            del mapped
+            self._release(piece.start, piece.nbytes)
 
-        Scalars come as one piece of shape ``[]``.
-        """
+    @staticmethod
+    def pieces(tensor: StoredTensor) -> Iterator[Piece]:
+        """Where a tensor lies, cut along its first dimension into pieces of about ``CHUNK_BYTES`` at most."""
         row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape and tensor.nbytes else 0
         if not row_bytes:
-            yield 0, self._view(tensor, tensor.start, tensor.shape)
+            yield Piece(0, tensor.shape, tensor.start, tensor.nbytes)
             return
         step = max(1, CHUNK_BYTES // row_bytes)
         for row in range(0, tensor.shape[0], step):
             count = min(step, tensor.shape[0] - row)
-            start = tensor.start + row * row_bytes
-            yield row, self._view(tensor, start, (count, *tensor.shape[1:]))
-            self._release(start, count * row_bytes)
-
-    def _view(self, tensor: StoredTensor, start: int, shape: tuple[int, ...]) -> Tensor:
-        count = math.prod(shape)
-        if count == 0:
-            return torch.empty(shape, dtype=tensor.dtype)
-        return torch.frombuffer(self._map, dtype=tensor.dtype, count=count, offset=start).view(shape)
+            yield Piece(row, (count, *tensor.shape[1:]), tensor.start + row * row_bytes, count * row_bytes)
 
     def _release(self, start: int, nbytes: int) -> None:
         """Return the pages of this range to the system; a page shared with a neighbour is read again from the cache."""

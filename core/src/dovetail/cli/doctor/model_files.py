@@ -37,7 +37,7 @@ def config(subject: Subject) -> Iterator[Finding]:
 @with_torch
 def weights(subject: Subject) -> Iterator[Finding]:
     """Every file is there and whole, and holds what the index says."""
-    if subject.folder is None:
+    if subject.folder is None or subject.engine.load_format == "dummy":
         return
     from dovetail.runner.loader import INDEX, weight_files
     from dovetail.runner.tensor_file import TensorFile

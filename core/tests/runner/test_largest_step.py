@@ -1,0 +1,99 @@
+"""What is set aside for the largest step, on a platform that counts: it runs before the cache is sized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+import pytest
+import torch
+
+from dovetail.contracts.executor import ExecutorInfo, Progress
+from dovetail.contracts.platform import MemoryInfo
+from dovetail.errors import ConfigError
+from dovetail.runner.executor import LocalExecutor
+from dovetail.testing.conformance import tiny
+from dovetail.testing.conformance.small_engine import core_part, generate, model_config
+from dovetail.testing.platforms import LadderPlatform
+
+MODEL = core_part("dovetail.testing.conformance.tiny:TinyModel")
+ORACLE = core_part("dovetail.testing.conformance.oracle_decoder:OracleDecoder")
+TOTAL, HELD, PER_TOKEN = 10**8, 10**6, 10**4
+
+
+class CountingPlatform(LadderPlatform):
+    """A device whose steps take memory by the token."""
+
+    log: ClassVar[list[tuple[str, Any]]] = []
+    room = TOTAL
+
+    def memory(self):
+        self.log.append(("memory", None))
+        largest = max((size.num_tokens for kind, size in self.log if kind == "run"), default=0)
+        return MemoryInfo(
+            total=TOTAL, available=TOTAL - HELD, dedicated=True, held=HELD, peak=HELD + largest * PER_TOKEN
+        )
+
+    def compile(self, step, bucket):
+        checked = super().compile(step, bucket)
+
+        def counted(tensors, metadata):
+            self.log.append(("run", bucket))
+            if bucket.num_tokens * PER_TOKEN > self.room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return checked(tensors, metadata)
+
+        return counted
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> type[CountingPlatform]:
+    monkeypatch.setattr(CountingPlatform, "log", [])
+    return CountingPlatform
+
+
+def config_of(folder: Path, **changes: Any):
+    hf_config = tiny.WINDOWED
+    folder.mkdir(exist_ok=True)
+    tiny.write_checkpoint(folder, hf_config)
+    config = model_config(MODEL, hf_config, folder, tiny.TinyModel.facts(hf_config), **changes)
+    return msgspec.structs.replace(config, platform=core_part(f"{__name__}:CountingPlatform"))
+
+
+def load(config) -> tuple[LocalExecutor, ExecutorInfo]:
+    executor = LocalExecutor(config)
+    return executor, executor.load(Progress())
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_the_largest_step_runs_and_the_cache_gets_the_rest(tmp_path, counting, drafts):
+    limits = {"max_num_batched_tokens": 48, "max_num_seqs": 5, "num_speculative_tokens": drafts}
+    config = config_of(tmp_path / "model", **limits)
+    if drafts:
+        draft = config_of(tmp_path / "draft", **limits)
+        config = msgspec.structs.replace(config, draft=draft, spec_decoder=ORACLE)
+    _, info = load(config)
+    sized = [kind for kind, _ in counting.log].index("memory", 1)
+    assert [bucket for kind, bucket in counting.log[:sized] if kind == "run"] == [(48, 5)] * (1 + bool(drafts))
+    cache = info.num_blocks * info.page_bytes + info.draft_bytes
+    budget = 0.9 * TOTAL - HELD - 48 * PER_TOKEN
+    assert budget * 0.99 < cache <= budget
+    assert (info.draft_bytes > 0) == bool(drafts)
+
+
+def test_tokens_are_what_they_are_without(tmp_path, counting):
+    config = config_of(tmp_path / "model", max_num_seqs=2)
+    uncounted = msgspec.structs.replace(config, platform=core_part("dovetail.testing.platforms:LadderPlatform"))
+    prompts = [range(3, 3 + count) for count in (5, 9, 2)]
+    one, other = (generate(each, prompts, max_tokens=6, temperature=1.0) for each in (config, uncounted))
+    assert one == other
+
+
+def test_a_step_that_does_not_fit_is_refused(tmp_path, counting, monkeypatch):
+    monkeypatch.setattr(counting, "room", 40 * PER_TOKEN)
+    config = config_of(tmp_path / "model", max_num_batched_tokens=48, max_num_seqs=5)
+    with pytest.raises(
+        ConfigError, match=r"A step of 48 tokens of 5 requests does not fit .* --max-num-b"
+    ):
+        load(config)
