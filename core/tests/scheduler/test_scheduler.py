@@ -221,6 +221,20 @@ def test_output_is_cached_too_but_not_its_last_token():
     assert bench.step().num_computed == [12]
 
 
+def test_a_page_can_be_hit_as_soon_as_it_is_full():
+    bench = Bench()
+    bench.add("a", range(5), max_tokens=12)
+    tokens = list(range(5))
+    while bench.scheduler.has_work():
+        plan = bench.scheduler.plan()
+        result = bench.executor.run(plan)
+        tokens += result.token_ids[0]
+        bench.scheduler.commit(plan, result)
+        kv = bench.scheduler.kv
+        assert kv.find_prefix(kv.new_table(None, tokens), len(tokens)) == (len(tokens) - 1) // 4
+    assert len(tokens) == 17
+
+
 def test_rejected_drafts_roll_back_and_are_never_cached():
     bench = Bench(num_drafts=3, accuracy=0.0, max_num_batched_tokens=20)
     bench.add("a", range(6), max_tokens=4)

@@ -12,6 +12,7 @@ from hashlib import blake2b
 
 DIGEST_BYTES = 32
 _TOKEN_TYPE = "I"
+_TOKEN_BYTES = array(_TOKEN_TYPE).itemsize
 
 
 def root_hash(seed: int, salt: str | None = None) -> bytes:
@@ -32,7 +33,9 @@ def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
 
 def extend_chain(hashes: list[bytes], root: bytes, token_ids: Sequence[int], block_size: int) -> None:
     """Append the hashes of all full blocks of ``token_ids`` that are not in ``hashes`` yet."""
+    begin, end = len(hashes) * block_size, len(token_ids) // block_size * block_size
     parent = hashes[-1] if hashes else root
-    for end in range((len(hashes) + 1) * block_size, len(token_ids) + 1, block_size):
-        parent = block_hash(parent, token_ids[end - block_size : end])
+    data, size = array(_TOKEN_TYPE, token_ids[begin:end]).tobytes(), block_size * _TOKEN_BYTES
+    for at in range(0, len(data), size):
+        parent = blake2b(parent + data[at : at + size], digest_size=DIGEST_BYTES).digest()
         hashes.append(parent)

@@ -37,10 +37,8 @@ class KVCacheManager:
 
     def new_table(self, salt: str | None, token_ids: Sequence[int]) -> BlockTable:
         """An empty table for a request that knows ``token_ids``."""
-        table = BlockTable(len(self.windows), root_hash(self._seed, salt))
-        if self._caching:
-            extend_chain(table.hashes, table.root, token_ids, self.block_size)
-        return table
+        root = root_hash(self._seed, salt)
+        return BlockTable(len(self.windows), root, token_ids if self._caching else (), self.block_size)
 
     def most_blocks(self, num_tokens: int) -> int:
         """Most blocks that a sequence of ``num_tokens`` holds at once, over all groups."""
@@ -157,9 +155,9 @@ class KVCacheManager:
 
     def _prefix(self, table: BlockTable, num_pages: int) -> list[list[int]]:
         """Per group, the cached blocks of the first ``num_pages`` pages; null beyond the window."""
-        prefix = []
+        prefix, lookup = [], self.pool.lookup
         for group, window in enumerate(self.windows):
             slid = pages_out_of_window(window, num_pages * self.block_size, self.block_size)
-            found = [self.pool.lookup((group, table.hashes[page])) for page in range(slid, num_pages)]
+            found = [lookup((group, digest)) for digest in table.hashes[slid:num_pages]]
             prefix.append([NULL_BLOCK] * slid + [block for block in found if block is not None])
         return prefix

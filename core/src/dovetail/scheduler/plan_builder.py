@@ -8,6 +8,9 @@ from dovetail.kv.manager import TableUpdate
 from dovetail.messages import NewRow, StepPlan
 from dovetail.scheduler.request import Request
 
+_NO_DRAFTS: list[int] = []
+"""One for all plans: nobody changes a plan, and a new list for each row and step keeps the garbage collector busy."""
+
 
 class PlanBuilder:
     """One plan in the making.
@@ -42,8 +45,9 @@ class PlanBuilder:
         self._num_scheduled.append(count)
         self._samples.append(beyond >= 0)
         request.unread += self._ahead and beyond >= 0
-        self._drafts.append(request.drafts[:beyond] if beyond > 0 else [])
-        request.drafts = []
+        self._drafts.append(request.drafts[:beyond] if beyond > 0 else _NO_DRAFTS)
+        if request.drafts:
+            request.drafts = []
         request.in_flight += count
         self.budget -= count
 

@@ -170,26 +170,22 @@ class Scheduler:
     # --- planning ---
 
     def _plan_running(self, builder: PlanBuilder) -> None:
-        slides = self.kv.slides
-        position = 0
-        while position < len(self._running) and builder.budget > 0:
-            request = self._running[position]
-            position += 1
+        slides, running = self.kv.slides, self._running
+        for position, request in enumerate(running, 1):  # preemption takes from the end, and never what is planned
+            if builder.budget <= 0:
+                return
             start = request.num_computed + request.in_flight
-            later = len(self._running) - position  # each keeps a token, lest drafts or a long prompt starve them
             known = len(request.token_ids) + request.unread
-            count = min(known + len(request.drafts) - start, max(1, builder.budget - later))
+            count = known + len(request.drafts) - start
             if count <= 0 or known >= request.max_tokens:  # nothing to compute, or its last token is on its way
                 continue
-            table, updates = request.table, []
-            if slides and start >= table.slides_at:
-                updates = self.kv.slide(table, start)
-            if start + count > table.capacity:
-                count = self._make_room(request, start, count, updates)
+            if count > 1:  # each later one keeps a token, lest drafts or a long prompt starve them
+                count = min(count, max(1, builder.budget - (len(running) - position)))
+            table = request.table
+            if start + count > table.capacity or (slides and start >= table.slides_at):
+                count = self._make_room(builder, request, start, count)
                 if count == 0:
                     return
-            if updates:
-                builder.update_blocks(request.slot, updates)
             self._schedule(builder, request, start, count)
 
     def _schedule(self, builder: PlanBuilder, request: Request, start: int, count: int) -> None:
@@ -199,16 +195,22 @@ class Scheduler:
         together compute their common prefix once.
         """
         builder.schedule(request, start, count)
-        self._cache(request, start + count)
+        if start + count >= request.table.full_at:
+            self._cache(request, start + count)
 
-    def _make_room(self, request: Request, start: int, count: int, updates: list[TableUpdate]) -> int:
-        """Find blocks for ``count`` tokens: give up the request's drafts, then preempt from the tail.
+    def _make_room(self, builder: PlanBuilder, request: Request, start: int, count: int) -> int:
+        """Free pages that slid out of a window, and find blocks for ``count`` tokens.
+
+        If there are too few, give up the request's drafts, then preempt from the tail.
 
         Returns:
             Tokens that now fit; 0 if the request itself had to be preempted.
         """
-        known = len(request.token_ids) + request.unread
-        while (grown := self.kv.grow(request.table, start + count)) is None:
+        table, known = request.table, len(request.token_ids) + request.unread
+        updates: list[TableUpdate] = []
+        if self.kv.slides and start >= table.slides_at:
+            updates = self.kv.slide(table, start)
+        while (grown := self.kv.grow(table, start + count)) is None:
             if start + count > known:
                 request.drafts = []
                 count = known - start
@@ -217,7 +219,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is request:
                 return 0
-        updates.extend(grown)
+        builder.update_blocks(request.slot, updates + grown)
         return count
 
     def _preempt(self, request: Request) -> None:
@@ -293,7 +295,8 @@ class Scheduler:
             self._counters.drafts_proposed += len(drafts)
             self._counters.drafts_accepted += len(new) - 1
         delta = self._accept(request, new, result.logprobs[index], now)
-        self._cache(request, request.num_computed)
+        if request.num_computed >= request.table.full_at:
+            self._cache(request, request.num_computed)
         if delta.finish_reason is not None:
             self._finish(request)
         elif proposal := result.drafts[index]:
@@ -316,9 +319,7 @@ class Scheduler:
 
     def _cache(self, request: Request, num_computed: int) -> None:
         """Offer pages that became full with known tokens: not with drafts, nor with what follows a stop."""
-        table, verified = request.table, min(num_computed, len(request.token_ids))
-        if verified >= (table.num_cached + 1) * self.kv.block_size:
-            self.kv.cache(table, request.token_ids, verified)
+        self.kv.cache(request.table, request.token_ids, min(num_computed, len(request.token_ids)))
 
     def _accept(
         self, request: Request, new: list[int], logprobs: list[TokenLogprobs] | None, now: float
@@ -332,7 +333,7 @@ class Scheduler:
         prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
         return RequestOutputDelta(
             request_id=request.request_id,
-            new_token_ids=new[:kept],
+            new_token_ids=new if kept == len(new) else new[:kept],
             logprobs=logprobs[:kept] if logprobs is not None else None,
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,
