@@ -25,9 +25,9 @@ class HeadTiling:
     warps: int
 
 
-FEW, MANY = HeadTiling(4, 1), HeadTiling(8, 1)
-MANY_TOKENS = 512
-"""From where on a step is bound by memory rather than latency."""
+FEW, MANY = HeadTiling(2, 1), HeadTiling(8, 2)
+FEW_TOKENS = 16
+"""Up to which many small programs end soonest; beyond, starting them takes longer than what they do."""
 
 
 def prepare_and_store(
@@ -52,7 +52,7 @@ def prepare_and_store(
     q_THK = qkv_TE[:, : heads * size].view(tokens, heads, size)
     if not tokens:
         return q_THK
-    tiling = tiling or (FEW if tokens < MANY_TOKENS else MANY)
+    tiling = tiling or (FEW if tokens <= FEW_TOKENS else MANY)
     largest, half = torch.finfo(k_cache_BPNK.dtype).max, table_PK.shape[1] // 2
     q_weight_K, k_weight_K = preparation.norm_weights_K or (table_PK, table_PK)
     per_program = min(tiling.heads, triton.next_power_of_2(heads))
