@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from triton.testing import do_bench
 
+from dovetail.contracts.attention import AttentionSpec, Preparation
+from dovetail.contracts.ops import OpTable
 from dovetail_cuda.kernels.activation import silu_and_mul
 from dovetail_cuda.kernels.attention import paged_attention
 from dovetail_cuda.kernels.experts import moe_experts
 from dovetail_cuda.kernels.norm import add_rms_norm
+from dovetail_cuda.kernels.projection import prepare_and_store
 
 DEVICE, DTYPE, PAGE = "cuda", torch.bfloat16, 16
 HEADS, KV_HEADS, HEAD_SIZE, WIDTH = 32, 8, 128, 4096  # of an 8B model
@@ -69,14 +72,17 @@ def attention(requests, length, queries):
 
 
 def experts(tokens):
-    weights = [(randn(EXPERTS, 2 * INNER, EXPERT_WIDTH), randn(EXPERTS, EXPERT_WIDTH, INNER))]
-    x = randn(tokens, EXPERT_WIDTH)
-    ids = torch.rand(tokens, EXPERTS, device=DEVICE).argsort(1)[:, :CHOICES].contiguous()
-    factors = torch.rand(tokens, CHOICES, device=DEVICE)
-    used = len(ids.unique())
-    size = used * 3 * INNER * EXPERT_WIDTH * 2
+    weights = randn(EXPERTS, 2 * INNER, EXPERT_WIDTH), randn(EXPERTS, EXPERT_WIDTH, INNER)
+    each = 3 * INNER * EXPERT_WIDTH * 2
+    # few tokens choose others each time, whose weights are not in the cache
+    ids = [
+        torch.rand(tokens, EXPERTS, device=DEVICE).argsort(1)[:, :CHOICES].contiguous()
+        for _ in copies(each * min(tokens * CHOICES, EXPERTS))
+    ]
+    x, factors = randn(tokens, EXPERT_WIDTH), torch.rand(tokens, CHOICES, device=DEVICE)
+    size = each * sum(len(chosen.unique()) for chosen in ids) // len(ids)
     operations = tokens * CHOICES * 6 * INNER * EXPERT_WIDTH
-    return size, operations, [lambda w=w: moe_experts(x, *w, ids, factors) for w in weights], None
+    return size, operations, [lambda c=c: moe_experts(x, *weights, c, factors) for c in ids], None
 
 
 def norm(tokens):
@@ -84,6 +90,23 @@ def norm(tokens):
     pairs = [(randn(tokens, WIDTH), randn(tokens, WIDTH)) for _ in copies(size)]
     weight = randn(WIDTH)
     return size, 0, [lambda p=p: add_rms_norm(*p, weight, 1e-5) for p in pairs], None
+
+
+def projection(tokens):
+    spec = AttentionSpec(num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, scale=HEAD_SIZE**-0.5)
+    width = (HEADS + 2 * KV_HEADS) * HEAD_SIZE
+    table, weights = torch.randn(4096, HEAD_SIZE, device=DEVICE), (1 + randn(HEAD_SIZE), 1 + randn(HEAD_SIZE))
+    given = Preparation(cos_sin_PK=table, norm_weights_K=weights, eps=1e-6, ops=OpTable())
+    size = 4 * tokens * width
+    inputs = [randn(tokens, width) for _ in copies(size)]
+    positions = torch.randint(0, 4096, (tokens,), device=DEVICE)
+    shape = (len(inputs), 2, tokens // PAGE + 1, KV_HEADS, PAGE, HEAD_SIZE)
+    caches, slots = randn(*shape).transpose(3, 4), torch.randperm(tokens, device=DEVICE)
+    calls = [
+        lambda x=x, kv=kv: prepare_and_store(x, positions, given, spec, *kv, slots)
+        for x, kv in zip(inputs, caches, strict=True)
+    ]
+    return size, 0, calls, None
 
 
 def gate(tokens):
@@ -104,9 +127,12 @@ CASES = {
     "attention, prefill 4 × 2048": lambda: attention(4, 2048, 2048),
     "experts, 1 token": lambda: experts(1),
     "experts, 64 tokens": lambda: experts(64),
+    "experts, 512 tokens": lambda: experts(512),
     "experts, 8192 tokens": lambda: experts(8192),
     "add_rms_norm, 64 tokens": lambda: norm(64),
     "add_rms_norm, 8192 tokens": lambda: norm(8192),
+    "norms of heads, rotation, KV write, 64 tokens": lambda: projection(64),
+    "norms of heads, rotation, KV write, 8192 tokens": lambda: projection(8192),
     "silu_and_mul, 64 tokens": lambda: gate(64),
     "silu_and_mul, 8192 tokens": lambda: gate(8192),
 }
