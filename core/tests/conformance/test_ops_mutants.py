@@ -243,6 +243,21 @@ def filters_before_temperature(logits: Tensor, params: Any) -> Tensor:
     return reference.sample(logits.masked_fill(~kept, -torch.inf), replace(plain, any_filter=False))
 
 
+def rank_with_equals(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, ...]:
+    logprobs, _, *top = reference.top_logprobs(logits, tokens, k)
+    return logprobs, (logits >= logits.gather(1, tokens.unsqueeze(1))).sum(-1), *top
+
+
+def last_of_equals_first(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, ...]:
+    logprobs, ranks, ids, values = reference.top_logprobs(logits.flip(1), logits.shape[1] - 1 - tokens, k)
+    return logprobs, ranks, logits.shape[1] - 1 - ids, values
+
+
+def logprobs_of_the_logits_alone(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, ...]:
+    logprobs, ranks, ids, _ = reference.top_logprobs(logits, tokens, k)
+    return logprobs, ranks, ids, logits.float().gather(1, ids)
+
+
 def linear_with_one_scale(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     largest = x.abs().max() if x.numel() else torch.ones((), dtype=x.dtype)
     return F.linear(x / largest, packed, bias) * largest
@@ -291,6 +306,9 @@ MUTANTS: Mapping[Callable[..., Any], tuple[str, str]] = {
     nan_is_small: ("sample", "ops.20"),
     noise_by_row: ("sample", "ops.21"),
     filters_before_temperature: ("sample", "ops.21"),
+    rank_with_equals: ("top_logprobs", "ops.24"),
+    last_of_equals_first: ("top_logprobs", "ops.24"),
+    logprobs_of_the_logits_alone: ("top_logprobs", "ops.24"),
     linear_with_one_scale: ("linear", "ops.22"),
 }
 

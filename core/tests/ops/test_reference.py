@@ -355,6 +355,25 @@ def test_paged_attention(dtype, batch, heads, kv_heads, window, soft_cap):
     assert_matches(out, expected.flatten(1), dtype)
 
 
+@pytest.mark.parametrize("k", [0, 1, 4, 9])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_top_logprobs(dtype, k):
+    logits = (2 * rand(6, 9, dtype=dtype)).round()  # with ties
+    logits[0, 3:] = -math.inf
+    logits[1] = logits[1].abs() * -0.0
+    logits[1, 4] = 0.0
+    tokens = torch.tensor([2, 8, 0, 3, 5, 7])
+    columns = reference.top_logprobs(logits, tokens, k)
+    assert [column.dtype for column in columns] == [torch.float32, torch.int64, torch.int64, torch.float32]
+    for row, token, *got in zip(logits.tolist(), tokens.tolist(), *(c.tolist() for c in columns), strict=True):
+        shift = math.log(sum(math.exp(logit) for logit in row))
+        best = sorted(range(9), key=lambda v: (-row[v], v))[:k]
+        assert got[0] == pytest.approx(row[token] - shift, rel=1e-6, abs=1e-6)
+        assert got[1] == 1 + sum(logit > row[token] for logit in row)
+        assert got[2] == best
+        assert got[3] == pytest.approx([row[v] - shift for v in best], rel=1e-6, abs=1e-6)
+
+
 def test_op_table_takes_overrides_and_refuses_unknown_names():
     table = OpTable.resolve({"linear": max}, "a platform")
     assert table.linear is max

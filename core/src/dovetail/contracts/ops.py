@@ -51,6 +51,7 @@ class OpTable:
     write_kv: Callable[..., None] = reference.write_kv
     paged_attention: Callable[..., Tensor] = reference.paged_attention
     sample: Callable[..., Tensor] = reference.sample
+    top_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = reference.top_logprobs
 
     @classmethod
     def names(cls) -> frozenset[str]:

@@ -369,6 +369,37 @@ def sample(logits_SV: Tensor, params: SamplingTensors) -> Tensor:
     return sample_tokens(logits_SV, params)
 
 
+def top_logprobs(logits_SV: Tensor, tokens_S: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities of one token per row and of each row's most likely tokens.
+
+    Args:
+        logits_SV: ``[S, V]``.
+        tokens_S: int64, a token of each row.
+        k: how many of the most likely tokens; at most V.
+
+    Returns:
+        float32 ``[S]``: the token's log-probability; int64 ``[S]``: its rank, 1 and the number of larger logits;
+        int64 and float32 ``[S, k]``: the tokens of the largest logits, equals by ascending id, and their
+        log-probabilities. Rows with NaN or without a finite logit have unspecified values.
+    """
+    logits_SV = _wide(logits_SV)
+    logprobs_SV = logits_SV.log_softmax(-1)
+    place_S1 = tokens_S.unsqueeze(1)
+    ranks_S = (logits_SV > logits_SV.gather(1, place_S1)).sum(-1) + 1
+    ids_SK = _largest(logits_SV, k)
+    chosen_S, top_SK = (logprobs_SV.gather(1, ids).to(torch.float32) for ids in (place_S1, ids_SK))
+    return chosen_S.squeeze(1), ranks_S, ids_SK, top_SK
+
+
+def _largest(x_SV: Tensor, k: int) -> Tensor:
+    """Columns of the largest float32 numbers, equals in order: the number's bits, then the column, in one integer."""
+    bits_SV = x_SV.to(torch.float32).add(0.0).view(torch.int32)  # a zero has one sign
+    # The bits of positive floats grow with the number, those of negative ones with its magnitude.
+    keys_SV = torch.where(bits_SV < 0, bits_SV ^ 0x7FFFFFFF, bits_SV).to(torch.int64) << 32
+    columns_V = torch.arange(x_SV.shape[1] - 1, -1, -1, device=x_SV.device)
+    return keys_SV.add_(columns_V).topk(k).indices
+
+
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Platform
 from dovetail.messages import TokenLogprobs
 
@@ -27,18 +27,14 @@ class Scores(NamedTuple):
     top_logprobs_SK: Tensor
 
 
-def score(logits_SV: Tensor, tokens_S: Tensor, num_top: int) -> Scores:
+def score(ops: OpTable, logits_SV: Tensor, tokens_S: Tensor, num_top: int) -> Scores:
     """Score each row's token, and its ``num_top`` most likely ones, without waiting for the device.
 
     Args:
         logits_SV: raw logits, any float dtype; the softmax is taken in float32.
         tokens_S: int64 token of each row.
     """
-    logprobs_SV = logits_SV.to(torch.float32).log_softmax(-1)
-    chosen_S1 = logprobs_SV.gather(1, tokens_S.unsqueeze(1))
-    ranks_S = (logprobs_SV > chosen_S1).sum(-1) + 1
-    top_ids_SK = _top_ids(logprobs_SV, min(num_top, logits_SV.shape[1]))
-    return Scores(tokens_S, chosen_S1.squeeze(1), ranks_S, top_ids_SK, logprobs_SV.gather(1, top_ids_SK))
+    return Scores(tokens_S, *ops.top_logprobs(logits_SV, tokens_S, min(num_top, logits_SV.shape[1])))
 
 
 def reports(platform: Platform, scores: Scores, num_top: Sequence[int]) -> Callable[[], list[TokenLogprobs]]:
@@ -53,15 +49,3 @@ def reports(platform: Platform, scores: Scores, num_top: Sequence[int]) -> Calla
         ]
 
     return make
-
-
-def _top_ids(logprobs_SV: Tensor, count: int) -> Tensor:
-    """The ids of the largest entries, equals by ascending id: the float's bits, then the id, in one integer
-    key.
-
-    Log-probabilities are at most 0, and the bits of negative floats, read as an integer, grow with their
-    magnitude.
-    """
-    magnitude_SV = (-logprobs_SV).clamp_(min=0).view(torch.int32).to(torch.int64)
-    ids_V = torch.arange(logprobs_SV.shape[1], device=logprobs_SV.device)
-    return (magnitude_SV << 32).add_(ids_V).topk(count, largest=False).indices

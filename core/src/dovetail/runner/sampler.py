@@ -147,7 +147,7 @@ class Sampler:
     ) -> Callable[[], list[TokenLogprobs]]:
         """Log-probabilities of prompt tokens, given the logits that predict them; the call waits for them."""
         num_top = int(self._num_prompt_logprobs[slot])
-        return reports(self._platform, score(logits_SV, targets_S, num_top), [num_top] * len(targets_S))
+        return reports(self._platform, score(self._ops, logits_SV, targets_S, num_top), [num_top] * len(targets_S))
 
     def _choose(
         self, rows: SampleRows, ruled_SV: Tensor, draft_probs: DraftProbs | None
@@ -179,7 +179,7 @@ class Sampler:
         num_top = [int(number) for number in self._num_logprobs[rows.slots_R[request]]]
         place = self._platform.upload(torch.from_numpy(np.stack([request, offsets, rows.starts_R[request] + offsets])))
         tokens_S = tokens_RK[place[0], place[1]].clamp(min=0)  # beyond a request's last token nothing is read
-        make = reports(self._platform, score(logits_SV[place[2]], tokens_S, max(num_top)), num_top)
+        make = reports(self._platform, score(self._ops, logits_SV[place[2]], tokens_S, max(num_top)), num_top)
 
         def fill(sampled: SampledStep) -> None:
             scores = iter(make())

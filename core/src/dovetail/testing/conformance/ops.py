@@ -454,6 +454,30 @@ class OpsSuite(Suite):
         alone = ops.sample(self.place(logits[[5, 42]]), few)
         self._exact(alone, expected[[5, 42]], f"tokens of rows 5 and 42 alone with {filters or 'no filters'}")
 
+    @covers("top_logprobs")
+    @pytest.mark.parametrize("k", [0, 1, 20])
+    def test_top_logprobs(self, dtype: torch.dtype, k: int) -> None:
+        """ops.24: top_logprobs gives a token's log-probability and rank, and the most likely tokens with theirs, equals
+        by ascending id.
+        """
+        ops = self.table(dtype)
+        for size in (20, 1030, 5000):
+            logits = 3 * randn(7, size + 3, dtype=dtype)[:, :size]
+            logits[1] = logits[1].round()  # ties
+            logits[2] = 0
+            logits[3, 20:] = -torch.inf
+            logits[4] *= 20
+            tokens = torch.arange(7) * 3 % size
+            expected = reference.top_logprobs(logits.double(), tokens, k)
+            out = ops.top_logprobs(*self.place(logits, tokens), k)
+            what = f"7 rows of {size} logits, {k} named"
+            for name, column in (("log-probabilities", 0), ("log-probabilities of the most likely tokens", 3)):
+                self.equal(out[column].dtype, torch.float32, f"dtype of the {name} of {what}")
+                self.equal(tuple(out[column].shape), tuple(expected[column].shape), f"shape of the {name} of {what}")
+                self.near(out[column].cpu().double(), expected[column].double(), f"{name} of {what}", 1e-5)
+            self._exact(out[1], expected[1], f"ranks of {what}")
+            self._exact(out[2], expected[2], f"most likely tokens of {what}")
+
     # ---- rows
 
     @covers("rms_norm", "add_rms_norm", "silu_and_mul", "gelu_tanh_and_mul", "linear", "moe_experts", "sample")
