@@ -5,7 +5,9 @@ import torch
 from inputs import DTYPES, INTERPRETED, close, randn
 
 from dovetail.ops import reference
-from dovetail_cuda.kernels.experts import moe_experts
+from dovetail_cuda.kernels import expert_order, experts, routing
+from dovetail_cuda.kernels.experts import Tiling, experts_pack, moe_experts
+from dovetail_cuda.kernels.routing import choose_experts
 
 
 def arguments(tokens, experts, choices, width=48, inner=40, dtype=torch.float32):
@@ -22,7 +24,7 @@ def expected(x, gate_up, down, ids, weights):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "experts", "choices"), [(1, 6, 2), (40, 3, 2), (9, 140, 8)])
+@pytest.mark.parametrize(("tokens", "experts", "choices"), [(1, 6, 2), (3, 20, 3), (40, 3, 2), (7, 70, 8)])
 def test_experts(dtype, tokens, experts, choices):
     case = arguments(tokens, experts, choices, dtype=dtype)
     close(moe_experts(*case), expected(*case), dtype, 2)
@@ -35,10 +37,51 @@ def test_everyone_chooses_the_same(dtype):
     close(moe_experts(*case), expected(*case), dtype, 2)
 
 
-def test_nobody_chooses():
-    x, gate_up, down, ids, weights = arguments(5, 4, 2)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tokens(dtype, monkeypatch):
+    """Choices in several chunks, and tiles that take a rest in half."""
+    monkeypatch.setattr(expert_order, "CHUNK", 128)
+    monkeypatch.setattr(experts, "tilings", lambda rows, wide: (Tiling(128, 16, 32, 4, 2), Tiling(128, 32, 16, 4, 2)))
+    case = arguments(230, 3, 2, width=40, inner=24, dtype=dtype)
+    close(moe_experts(*case), expected(*case), dtype, 2)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_nobody_chooses(tokens):
+    x, gate_up, down, ids, weights = arguments(tokens, 4, 2)
     assert not moe_experts(x, gate_up, down, torch.full_like(ids, 4), weights).any()
     assert moe_experts(x[:0], gate_up, down, ids[:0], weights[:0]).shape == (0, 48)
+
+
+@pytest.mark.parametrize("tokens", [2, 12])
+def test_odd_sizes(tokens):
+    x, gate_up, down, ids, weights = arguments(tokens, 5, 2, width=27, inner=9)
+    out = moe_experts(x, experts_pack(gate_up), experts_pack(down), ids, weights)
+    close(out, expected(x, gate_up, down, ids, weights), torch.float32, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("tokens", "experts", "active"), [(1, 128, 8), (41, 5, 3), (9, 33, 2)])
+def test_choose(dtype, normalize, tokens, experts, active, monkeypatch):
+    monkeypatch.setattr(routing, "PROGRAMS", 8)
+    logits = (3 * randn(tokens, experts + 3)).to(dtype)[:, 3:]
+    ids, weights = choose_experts(logits, active, normalize)
+    best, chosen = reference.choose_experts(logits.double(), active, normalize)
+    assert torch.equal(logits.gather(1, ids), logits.gather(1, best))
+    assert torch.equal(ids.sort(1).values.diff(dim=1).bool().all(), torch.tensor(True, device=ids.device))
+    close(weights, chosen, torch.float32)
+
+
+def test_choose_among_none():
+    """Rows of NaN choose nobody."""
+    logits = randn(3, 8)
+    logits[1] = torch.nan
+    ids, weights = choose_experts(logits, 2, True)
+    assert ids.tolist()[1] == [8, 8]
+    assert weights[1].isnan().all()
+    assert weights[[0, 2]].isfinite().all()
+    assert choose_experts(logits[:0], 2, True)[0].shape == (0, 2)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="lacks graphs")
