@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from dovetail.config import EngineConfig
 from dovetail.contracts.executor import Executor, ExecutorInfo
-from dovetail.engine.validation import check_request
+from dovetail.engine.validation import check_request, check_room
 from dovetail.errors import RequestError
 from dovetail.messages import EngineRequest, EngineStats, RequestOutputDelta, StepPlan, StepResult
 from dovetail.scheduler.scheduler import Scheduler
@@ -32,8 +32,12 @@ class Engine:
         self._submitted: deque[tuple[StepPlan, Callable[[], StepResult]]] = deque()
         self._scheduler = Scheduler(config, info)
 
-    def add(self, request: EngineRequest) -> None:
+    def add(self, request: EngineRequest, *, prompt_checked: bool = False) -> None:
         """Queue a request.
+
+        Args:
+            prompt_checked: whether the caller has run :func:`dovetail.engine.validation.check_prompt` on it, under
+                this engine's limits; over a thousand long prompts it takes a while.
 
         Raises:
             ContextLengthError: its prompt leaves no room for output.
@@ -42,7 +46,7 @@ class Engine:
         if self._scheduler.is_live(request.request_id):
             message = f"Request id {request.request_id!r} is in use; choose another."
             raise RequestError(message, param="request_id")
-        check_request(request, self._config, self._scheduler.kv)
+        (check_room if prompt_checked else check_request)(request, self._config, self._scheduler.kv)
         self._scheduler.add(request)
 
     def abort(self, request_ids: Sequence[str]) -> None:

@@ -274,7 +274,7 @@ class LLM:
                 requests = self._processor.add(request_id, ids, one, prompt=text, priority=rank)
                 outputs.append(self._processor.output(request_id))
                 for request in requests:
-                    self._engine.add(request)
+                    self._engine.add(request, prompt_checked=True)
         except BaseException:
             self._abort([output.request_id for output in outputs])
             raise

@@ -281,6 +281,8 @@ def _text_until_stop(
 
 def _child_params(params: SamplingParams, index: int) -> SamplingParams:
     """One completion's parameters: its own seed, no stop strings, and prompt log-probabilities only once."""
+    if params.n == 1 and not params.stop:
+        return params
     seed = params.seed
     if seed is not None and seed + index >= _MAX_SEED:
         seed -= _MAX_SEED

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from dovetail.config import EngineConfig
 from dovetail.errors import ContextLengthError, RequestError
@@ -20,6 +20,15 @@ def check_request(message: EngineRequest, config: EngineConfig, kv: KVCacheManag
         the model does not have, or a sequence larger than the KV cache.
     """
     check_prompt(message.prompt_token_ids, message.params, config.vocab_size, config.max_model_len)
+    check_room(message, config, kv)
+
+
+def check_room(message: EngineRequest, config: EngineConfig, kv: KVCacheManager) -> None:
+    """Check that the KV cache can hold a request whose prompt was checked.
+
+    Raises:
+        RequestError: it cannot, even without any other.
+    """
     length = longest_length(message, config.max_model_len)
     needed, total = kv.most_blocks(length - 1), kv.pool.num_blocks - 1
     if needed > total:
@@ -60,8 +69,7 @@ def check_prompt(prompt: Sequence[int], params: SamplingParams, vocab_size: int,
         )
 
 
-def _check_tokens(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
-    token_ids = list(token_ids)
+def _check_tokens(name: str, token_ids: Collection[int], vocab_size: int) -> None:
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
         message = f"{name} contains token {wrong}; this model's tokens are 0 to {vocab_size - 1}."

@@ -60,7 +60,7 @@ class KVCacheManager:
 
     def blocks_to_admit(self, table: BlockTable, num_known: int, num_pages: int) -> int:
         """Free blocks that ``num_known`` tokens take, if ``num_pages`` pages come from the cache."""
-        shared = sum(self.pool.in_use(block) for ids in self._prefix(table, num_pages) for block in ids)
+        shared = sum(sum(map(self.pool.in_use, ids)) for ids in self._prefix(table, num_pages))
         return self.most_blocks(num_known) - shared
 
     def adopt(self, table: BlockTable, num_pages: int) -> None:

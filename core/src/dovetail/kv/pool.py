@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from dovetail.messages import NULL_BLOCK
 
@@ -22,6 +22,7 @@ class BlockPool:
     Attributes:
         num_blocks: the null block included.
         num_free: blocks without references.
+        lookup: the block that holds a content, in use or free; None if there is none.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -30,6 +31,7 @@ class BlockPool:
         self._refs = [0] * num_blocks
         self._keys: list[BlockKey | None] = [None] * num_blocks
         self._block_of: dict[BlockKey, int] = {}
+        self.lookup: Callable[[BlockKey], int | None] = self._block_of.get
         self._next = [(block + 1) % num_blocks for block in range(num_blocks)]
         self._prev = [(block - 1) % num_blocks for block in range(num_blocks)]
 
@@ -43,10 +45,6 @@ class BlockPool:
         """Take ``count`` blocks from the head; what they held is forgotten. There must be enough."""
         assert count <= self.num_free, f"{count} blocks asked for, {self.num_free} free"
         return [self._pop_head() for _ in range(count)]
-
-    def lookup(self, key: BlockKey) -> int | None:
-        """The block that holds this content, in use or free."""
-        return self._block_of.get(key)
 
     def take(self, block: int) -> None:
         """Add a reference; a free block leaves the free list with its content."""
