@@ -42,7 +42,7 @@ class DraftRunner:
         """
         config = loaded.config
         self._tables = SlotTables(
-            config.max_num_seqs, config.max_model_len, config.block_size, 1, loaded.platform, tables.tokens_SL
+            config.max_num_seqs, config.max_model_len, config.block_size, 1, loaded.platform, tables
         )
         groups = draft_groups(loaded.facts.attention)
         self.forward = loaded.forward_pass(groups, num_blocks, self._tables, shapes, logits_per_request=1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,9 +49,8 @@ class ModelRunner:
         if self._proposer is not None:
             result = self._speculate(plan, sampling.read(), scores, self._proposer)
             return lambda: result
-        slots_R = rows.slots_R[np.flatnonzero(plan.samples)]
-        if len(slots_R):
-            self._tables.append_each(slots_R, sampling.next_R)
+        if len(rows.sampling):
+            self._tables.append_sampled(rows, sampling.next_R)
         return lambda: _result(plan, sampling.read(), scores)
 
     def _speculate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ class StepRows:
         request_T: which request each token belongs to.
         query_start_R1: first token of each request, and the total.
         logits_rows_S: rows that need logits: the last ``1 + drafts`` of each request that samples.
+        sampling: the requests that sample.
     """
 
     slots_R: np.ndarray
@@ -32,6 +34,7 @@ class StepRows:
     query_start_R1: np.ndarray
     seq_lens_R: np.ndarray
     logits_rows_S: np.ndarray
+    sampling: np.ndarray
 
     @classmethod
     def of(cls, plan: StepPlan) -> StepRows:
@@ -40,7 +43,8 @@ class StepRows:
         computed_R = np.array(plan.num_computed, dtype=np.int64)
         if plan.num_scheduled == [1] * len(slots_R):  # decoding: most steps, and the shortest
             each_R1 = np.arange(len(slots_R) + 1)
-            return cls(slots_R, computed_R, each_R1[:-1], each_R1, computed_R + 1, np.flatnonzero(plan.samples))
+            sampling = np.flatnonzero(plan.samples)
+            return cls(slots_R, computed_R, each_R1[:-1], each_R1, computed_R + 1, sampling, sampling)
         scheduled_R = np.array(plan.num_scheduled, dtype=np.int64)
         query_start_R1 = np.zeros(len(slots_R) + 1, dtype=np.int64)
         np.cumsum(scheduled_R, out=query_start_R1[1:])
@@ -53,6 +57,7 @@ class StepRows:
             query_start_R1=query_start_R1,
             seq_lens_R=computed_R + scheduled_R,
             logits_rows_S=_logits_rows(plan, query_start_R1),
+            sampling=np.flatnonzero(plan.samples),
         )
 
 
@@ -75,7 +80,8 @@ class SlotTables:
     Attributes:
         tokens_SL: int64 ``[max_num_seqs, max_model_len + 1]`` known tokens: prompt, output, then drafts in flight.
         num_tokens_S: int64 verified tokens of each slot (host).
-        block_tables: per KV group int32 ``[max_num_seqs, blocks per sequence]`` (device).
+        block_tables: per KV group int32 ``[max_num_seqs + 1, blocks per sequence]`` (device); the last row is nobody's,
+            for padding.
     """
 
     def __init__(
@@ -85,20 +91,24 @@ class SlotTables:
         block_size: int,
         num_groups: int,
         platform: Platform,
-        tokens_SL: Tensor | None = None,
+        beside: SlotTables | None = None,
     ) -> None:
-        """Empty tables; ``tokens_SL`` is another model's, if both know the same tokens."""
+        """Empty tables; with ``beside``, the tables of another model, both know the same tokens."""
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self._block_size = block_size
         self._platform = platform
         device = self._device = platform.device
-        if tokens_SL is None:
-            tokens_SL = torch.zeros(max_num_seqs, max_model_len + 1, dtype=torch.int64, device=device)
-        self.tokens_SL = tokens_SL
+        self._tokens: Tensor
+        if beside is None:
+            self._tokens = torch.zeros(max_num_seqs + 1, max_model_len + 1, dtype=torch.int64, device=device)
+        else:
+            self._tokens = beside._tokens
+        self.tokens_SL = self._tokens[:max_num_seqs]
+        self._next: tuple[Tensor, Tensor] | None = None
         self.num_tokens_S = np.zeros(max_num_seqs, dtype=np.int64)
         blocks = -(-max_model_len // block_size)
-        shape = (max_num_seqs, blocks)
+        shape = (max_num_seqs + 1, blocks)
         self.block_tables = [torch.full(shape, NULL_BLOCK, dtype=torch.int32, device=device) for _ in range(num_groups)]
 
     def apply(self, plan: StepPlan) -> None:
@@ -122,10 +132,11 @@ class SlotTables:
         self.tokens_SL[rows_N, columns_N] = tokens_N
         self.num_tokens_S[slots] += counts
 
-    def append_each(self, slots_R: np.ndarray, tokens_R: Tensor) -> None:
-        """Append one token to each slot; the host need not know which."""
-        self.write(slots_R, self.num_tokens_S[slots_R], tokens_R)
-        self.num_tokens_S[slots_R] += 1
+    def append_sampled(self, rows: StepRows, tokens_R: Tensor) -> None:
+        """Append a token to each request that samples in the step gathered last; the host need not know which."""
+        assert self._next is not None, "no step was gathered"
+        self.tokens_SL[self._next] = tokens_R
+        self.num_tokens_S[rows.slots_R[rows.sampling]] += 1
 
     def write(self, slots_R: np.ndarray, positions_R: np.ndarray, tokens_R: Tensor) -> None:
         """Put one token of the device into each slot."""
@@ -141,22 +152,32 @@ class SlotTables:
         max_seq_len = int(rows.seq_lens_R.max())
         query_len = int((rows.query_start_R1[1:] - rows.query_start_R1[:-1]).max())
         num_pages = -(-max_seq_len // self._block_size) if num_logits is None else None
-        total = int(rows.query_start_R1[-1])
-        slots_R, slots_T, positions_T, query_start_R1, seq_lens_R, logits_rows_S = self._upload(
-            _padded(rows.slots_R, bucket.num_requests),
-            _padded(rows.slots_R[rows.request_T], bucket.num_tokens),
-            _padded(rows.positions_T, bucket.num_tokens),
-            _padded(rows.query_start_R1, bucket.num_requests + 1, fill=total),
+        nobody, size = self.max_num_seqs, self._block_size
+        query_start_R1, seq_lens_R = self._upload(
+            _padded(rows.query_start_R1, bucket.num_requests + 1, fill=int(rows.query_start_R1[-1])),
             _padded(rows.seq_lens_R, bucket.num_requests),
-            _padded(rows.logits_rows_S, num_logits or len(rows.logits_rows_S)),
+            dtype=np.int32,
         )
+        positions = _padded(rows.positions_T, bucket.num_tokens)
+        slots_R, slots_T, positions_T, pages_T, offsets_T, logits_rows_S, *place = self._upload(
+            _padded(rows.slots_R, bucket.num_requests, fill=nobody),
+            _padded(rows.slots_R[rows.request_T], bucket.num_tokens, fill=nobody),
+            positions,
+            positions // size,
+            positions % size,
+            _padded(rows.logits_rows_S, num_logits or len(rows.logits_rows_S)),
+            rows.slots_R[rows.sampling],
+            rows.seq_lens_R[rows.sampling],
+        )
+        self._next = (place[0], place[1])
+        blocks = [table[slots_T, pages_T] for table in self.block_tables]
         return StepTensors(
-            token_ids_T=self.tokens_SL[slots_T, positions_T],
+            token_ids_T=self._tokens[slots_T, positions_T],
             positions_T=positions_T,
-            query_start_R1=query_start_R1.to(torch.int32),
-            seq_lens_R=seq_lens_R.to(torch.int32),
+            query_start_R1=query_start_R1,
+            seq_lens_R=seq_lens_R,
             block_tables=[table[slots_R, :num_pages] for table in self.block_tables],
-            slot_mapping=[self._slot_mapping(table, slots_T, positions_T, total) for table in self.block_tables],
+            slot_mapping=[torch.add(offsets_T, blocks_T, alpha=size) for blocks_T in blocks],
             logits_rows_S=logits_rows_S,
             max_query_len=query_len,
             max_seq_len=max_seq_len,
@@ -179,12 +200,6 @@ class SlotTables:
             max_query_len=0,
             max_seq_len=0,
         )
-
-    def _slot_mapping(self, table: Tensor, slots_T: Tensor, positions_T: Tensor, total: int) -> Tensor:
-        blocks_T = table[slots_T, positions_T // self._block_size].to(torch.int64)
-        mapping_T = blocks_T * self._block_size + positions_T % self._block_size
-        mapping_T[total:] = NULL_BLOCK * self._block_size
-        return mapping_T
 
     def _enter(self, row: NewRow) -> None:
         self._write(row.slot, 0, row.token_ids)
@@ -209,10 +224,10 @@ class SlotTables:
                 slots, columns, blocks = self._upload(*np.array(places, dtype=np.int64).T)
                 table[slots, columns] = blocks.to(torch.int32)
 
-    def _upload(self, *columns: np.ndarray) -> Sequence[Tensor]:
-        """Several columns of int64 in one copy: to a device, each costs as much as all of them."""
-        sizes = [len(column) for column in columns]
-        return torch.split(self._platform.upload(torch.from_numpy(np.concatenate(columns))), sizes)
+    def _upload(self, *columns: np.ndarray, dtype: type[np.integer[Any]] = np.int64) -> Sequence[Tensor]:
+        """Several columns in one copy: to a device, each costs as much as all of them."""
+        packed = torch.from_numpy(np.concatenate(columns, dtype=dtype, casting="same_kind"))
+        return torch.split(self._platform.upload(packed), [len(column) for column in columns])
 
 
 def _padded(values: np.ndarray, size: int, fill: int = 0) -> np.ndarray:
