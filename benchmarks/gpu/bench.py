@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,9 @@ def measure(engine: str, python: str, job: Line, environment: dict[str, str] | N
             yield {"error": f"ended with status {code}"}
     finally:
         signal.alarm(0)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a child that lingers would keep the device's memory
+        process.wait()
 
 
 def device_name() -> str:
