@@ -21,10 +21,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from engines.workloads import WORKLOADS, Workload
 from floor import Rates, Shape
-from workloads import WORKLOADS, Workload
 
-HERE = Path(__file__).parent
+ENGINES_FOLDER = Path(__file__).parent / "engines"
 ENGINES = {"dovetail": "engine_dovetail.py", "vllm": "engine_vllm.py", "transformers": "engine_transformers.py"}
 LATE_S = 20.0
 """How long past its deadline an engine's process may take to end by itself."""
@@ -65,7 +65,7 @@ def measure(engine: str, python: str, job: Line, environment: dict[str, str] | N
     """Run an engine's process and yield what it says."""
     begun = time.time()
     process = subprocess.Popen(
-        [python, str(HERE / ENGINES[engine]), json.dumps({**job, "begun": begun})],
+        [python, str(ENGINES_FOLDER / ENGINES[engine]), json.dumps({**job, "begun": begun})],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, **(environment or {})},

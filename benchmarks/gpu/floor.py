@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from workloads import Workload
+from engines.workloads import Workload
 
 BYTES = 2
 """Of a bf16 number."""

@@ -1,5 +1,7 @@
 """What an engine's process does: load, answer once, then run the jobs it was given.
 
+In a folder of its own, because a script's folder is searched first: no module here has a name that an engine imports.
+
 The job is the only argument, as JSON: ``{"model", "vocab", "begun", "deadline", "runs", "ceilings", "options"}``. Lines
 of JSON go to standard output; whatever else the engine prints goes to standard error.
 """
