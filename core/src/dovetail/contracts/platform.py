@@ -58,12 +58,14 @@ class PlatformConfig:
             for finding a fault. Platforms that never do anything else need not look.
         cache: folder for what the platform compiles, kept for the next start; None keeps nothing. Others write there
             too: use a folder inside, named by the chip and the versions that its contents depend on.
+        workload: the same text for engines that run the same steps: same model, number formats and limits.
         options: the platform's own section: the manifest's ``defaults``, overlaid with ``--platform-config``.
     """
 
     num_threads: int | None = None
     eager: bool = False
     cache: Path | None = None
+    workload: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
 

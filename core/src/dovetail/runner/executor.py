@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -14,12 +14,11 @@ from dovetail.contracts.specdec import SpecConfig, SpecDecoder
 from dovetail.errors import PluginLoadError, PluginRunError
 from dovetail.messages import StepPlan, StepResult
 from dovetail.plugins.blame import blaming
-from dovetail.runner import kv_memory, self_check
+from dovetail.runner import kv_memory, rehearsal, self_check
 from dovetail.runner.checked_decoder import CheckedDecoder
 from dovetail.runner.draft_memory import bytes_beside_block, draft_blocks, draft_bytes
 from dovetail.runner.draft_model import DraftRunner
 from dovetail.runner.forward import ForwardPass
-from dovetail.runner.largest_step import run_largest_step
 from dovetail.runner.load import load_selection, platform_config
 from dovetail.runner.loaded_model import LoadedModel
 from dovetail.runner.proposer import Proposer
@@ -63,13 +62,13 @@ class LocalExecutor(Executor):
 
         memory = platform.memory()
         if memory.peak is not None:
-            run_largest_step(config, *passes(blocks=1), sampler, groups)
+            rehearsal.run_largest_step(config, *passes(blocks=1), sampler, groups)
             memory = platform.memory()
         blocks = kv_memory.num_blocks(config, bytes_per_block + beside, groups, memory)
         forward, draft = passes(blocks)
         self._runner = ModelRunner(forward, sampler, self._proposer(tables, draft))
         loaded = time.perf_counter()
-        _warm_up([forward] if draft is None else [forward, draft.forward], progress)
+        rehearsal.warm_up(forward, draft, sampler, ops, progress)
         return ExecutorInfo(
             num_blocks=blocks,
             block_size=config.block_size,
@@ -115,11 +114,3 @@ class LocalExecutor(Executor):
         decoder: SpecDecoder = load_selection(config.spec_decoder)(spec_config, tables.tokens_SL.device)
         checked = CheckedDecoder(decoder, config.spec_decoder, spec_config)
         return Proposer(checked, draft, tables, config.num_speculative_tokens)
-
-
-def _warm_up(passes: Sequence[ForwardPass], progress: Progress) -> None:
-    buckets = [(forward, bucket) for forward in passes for bucket in forward.ladder]
-    for done, (forward, bucket) in enumerate(buckets):
-        progress.update("warm-up", done, len(buckets))
-        forward.warm_up(bucket)
-    progress.update("warm-up", len(buckets), len(buckets))

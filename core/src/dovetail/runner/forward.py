@@ -58,16 +58,21 @@ class ForwardPass:
             The step's index arithmetic, hidden states ``[T, D]`` with padding, and logits ``[S, V]`` without.
         """
         rows = StepRows.of(plan)
-        bucket = self._shapes.fit(len(rows.positions_T), len(rows.slots_R))
+        bucket = self.bucket(len(rows.positions_T), len(rows.slots_R))
         step = self.tables.step_tensors(rows, bucket, self._num_logits(bucket) if self._shapes.static else None)
         hidden_TD, logits_SV = self._compiled(bucket)(step, self._metadata(step))
         return rows, hidden_TD, logits_SV[: len(rows.logits_rows_S)]
 
+    def bucket(self, num_tokens: int, num_requests: int) -> Bucket:
+        """What a step of this size is padded to."""
+        return self._shapes.fit(num_tokens, num_requests)
+
     @torch.inference_mode()
-    def warm_up(self, bucket: Bucket) -> None:
-        """Compile and run one bucket on padding alone."""
+    def warm_up(self, bucket: Bucket) -> Tensor:
+        """Compile and run one bucket on padding alone; returns its logits, ``[S, V]``."""
         step = self.tables.padding_step(bucket, self._num_logits(bucket))
-        self._compiled(bucket)(step, self._metadata(step))
+        _, logits_SV = self._compiled(bucket)(step, self._metadata(step))
+        return logits_SV
 
     def _num_logits(self, bucket: Bucket) -> int:
         return min(bucket.num_tokens, bucket.num_requests * self._logits_per_request)

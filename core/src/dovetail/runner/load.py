@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from dovetail.config import EngineConfig, Selection
 from dovetail.contracts.platform import PlatformConfig
@@ -25,5 +28,19 @@ def platform_config(config: EngineConfig) -> PlatformConfig:
         num_threads=config.num_threads,
         eager=config.eager,
         cache=None if config.compile_cache is None else Path(config.compile_cache),
+        workload=_workload(config),
         options=config.platform_options,
     )
+
+
+def _workload(config: EngineConfig) -> str:
+    """What is the same for two engines that run the same steps."""
+    elsewhere: dict[str, Any] = {
+        "model_path": "",
+        "model_name": "",
+        "compile_cache": None,
+        "seed": 0,
+        "rejected": {},
+        "fallbacks": (),
+    }
+    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(config, **elsewhere))).hexdigest()

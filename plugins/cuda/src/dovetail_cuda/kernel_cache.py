@@ -1,22 +1,50 @@
-"""Where Triton keeps compiled kernels: a second start finds all of them there."""
+"""Compiled kernels that outlive the process: where Triton keeps them, and which engines have found all of theirs."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from threading import Thread
 
 import torch
 
+_SOURCES = Path(__file__).parent
 
-def keep_kernels(cache: Path, capability: tuple[int, int]) -> Path:
-    """Make Triton use a folder of this chip and these versions; what a kernel is compiled from names its files there.
 
-    Args:
-        cache: shared with other platforms; a folder that cannot be written is Triton's to report.
-        capability: of the device.
+class KernelCache:
+    """A folder of one chip and the versions that compile for it. What a kernel is compiled from names its files there.
+
+    Attributes:
+        is_complete: an engine of the same workload met every step size before, so that nothing is left to compile.
     """
-    import triton  # not a dependency: torch brings it where there is CUDA
 
-    chip = "".join(map(str, capability))
-    folder = cache / "cuda" / f"torch-{torch.__version__}-triton-{triton.__version__}-sm{chip}"
-    triton.knobs.cache.dir = str(folder)
-    return folder
+    def __init__(self, cache: Path, capability: tuple[int, int], workload: str) -> None:
+        """Make Triton use the folder.
+
+        Args:
+            cache: shared with other platforms; that it cannot be written is for Triton to say.
+            capability: of the device.
+            workload: names what will run.
+        """
+        import triton  # not a dependency: torch brings it where there is CUDA
+
+        chip = "".join(map(str, capability))
+        folder = cache / "cuda" / f"torch-{torch.__version__}-triton-{triton.__version__}-sm{chip}"
+        triton.knobs.cache.dir = str(folder)
+        self._mark = folder / f"complete-{_digest(workload)}"
+        self.is_complete = self._mark.exists()
+        # Every kernel's name is made with a hash of the whole compiler, hundreds of MB: known before the first asks.
+        Thread(target=triton.runtime.cache.triton_key, name="compiler-hash", daemon=True).start()
+
+    def complete(self) -> None:
+        """Every step size has been met: for the starts to come."""
+        if self._mark.parent.is_dir():
+            self._mark.touch()
+
+
+def _digest(workload: str) -> str:
+    """Of a workload, and of this plugin's sources: they decide which kernels there are."""
+    digest = hashlib.sha256(workload.encode())
+    for source in sorted(_SOURCES.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:32]

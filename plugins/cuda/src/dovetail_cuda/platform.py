@@ -21,7 +21,7 @@ from dovetail.contracts.platform import (
 )
 from dovetail.errors import ConfigError
 from dovetail_cuda.graphs import GraphPool, GraphStep
-from dovetail_cuda.kernel_cache import keep_kernels
+from dovetail_cuda.kernel_cache import KernelCache
 from dovetail_cuda.shapes import GRAPH_TOKENS, GraphShapes
 from dovetail_cuda.transfers import Transfers
 
@@ -61,8 +61,7 @@ class CudaPlatform(Platform):
         self._free_at_start, _ = torch.cuda.mem_get_info(self._device)
         self._pool = None if config.eager else GraphPool(self._device)
         self._transfers = Transfers(self._device)
-        if config.cache is not None:
-            keep_kernels(config.cache, capability)
+        self._kernels = None if config.cache is None else KernelCache(config.cache, capability, config.workload)
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +99,7 @@ class CudaPlatform(Platform):
 
     def shape_policy(self, max_tokens: int, max_requests: int) -> ShapePolicy:
         """One size per number of tokens."""
-        return GraphShapes(max_tokens, max_requests)
+        return GraphShapes(max_tokens, max_requests, every_size=not self._has_all_kernels())
 
     def upload(self, host: Tensor) -> Tensor:
         """From pinned memory, in the order of the work."""
@@ -112,9 +111,23 @@ class CudaPlatform(Platform):
 
     def compile(self, step: StepFunction, bucket: Bucket) -> StepFunction:
         """A graph for small steps; large ones keep the device busy while the host launches."""
-        if self._pool is None or bucket.num_tokens > GRAPH_TOKENS:
+        if self._pool is None:
             return step
-        return GraphStep(step, self._pool)
+        if not self._has_all_kernels():
+            step = self._compiled_ahead(step, bucket)
+        return step if bucket.num_tokens > GRAPH_TOKENS else GraphStep(step, self._pool)
+
+    def _has_all_kernels(self) -> bool:
+        return self._kernels is not None and self._kernels.is_complete
+
+    def _compiled_ahead(self, step: StepFunction, bucket: Bucket) -> StepFunction:
+        from dovetail_cuda.compile_ahead import CompiledAhead
+
+        def done() -> None:
+            if self._kernels is not None and bucket.num_tokens == 1:  # warm-up ends with the smallest
+                self._kernels.complete()
+
+        return CompiledAhead(step, done)
 
 
 def _why_none() -> str:

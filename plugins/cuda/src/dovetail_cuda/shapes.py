@@ -9,6 +9,8 @@ from dovetail.contracts.platform import Bucket, ShapePolicy
 
 GRAPH_TOKENS = 512
 """Largest step that is captured as a graph; above, the device computes longer than the host takes to launch."""
+FEW = (1, 8, 64, 512)
+"""What start-up tries where all kernels are there."""
 _STEPS_PER_OCTAVE = 4
 _SMALLEST_STEP = 8
 
@@ -18,13 +20,17 @@ class GraphShapes(ShapePolicy):
 
     Any mix of decodes, drafts and short prompts of up to n tokens shares the bucket ``(n, n)``, so there is one graph
     per rung. From 16 tokens on, a rung is at most a quarter above the one below.
+
+    Args:
+        every_size: whether start-up must meet every rung, since kernels are to be compiled; else it tries a few.
     """
 
     static = True
 
-    def __init__(self, max_tokens: int, max_requests: int) -> None:
+    def __init__(self, max_tokens: int, max_requests: int, every_size: bool = True) -> None:
         self._tokens = rungs(max_tokens)
         self._max_requests = max_requests
+        self._every_size = every_size
 
     def fit(self, num_tokens: int, num_requests: int) -> Bucket:
         """The next rung.
@@ -39,8 +45,9 @@ class GraphShapes(ShapePolicy):
         return Bucket(tokens, min(tokens, self._max_requests))
 
     def ladder(self) -> Sequence[Bucket]:
-        """Every rung."""
-        return [Bucket(tokens, min(tokens, self._max_requests)) for tokens in reversed(self._tokens)]
+        """Every rung, or those of :data:`FEW`."""
+        rungs = [tokens for tokens in reversed(self._tokens) if self._every_size or tokens in FEW]
+        return [Bucket(tokens, min(tokens, self._max_requests)) for tokens in rungs]
 
 
 def rungs(largest: int) -> list[int]:

@@ -1,7 +1,8 @@
-"""What is set aside for the largest step, on a platform that counts: it runs before the cache is sized."""
+"""What runs before the first request: the largest step, on a platform that counts, and the sampler in every way."""
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ import torch
 from dovetail.contracts.executor import ExecutorInfo, Progress
 from dovetail.contracts.platform import MemoryInfo
 from dovetail.errors import ConfigError
+from dovetail.ops import reference
 from dovetail.runner.executor import LocalExecutor
 from dovetail.testing.conformance import tiny
 from dovetail.testing.conformance.small_engine import core_part, generate, model_config
@@ -93,7 +95,23 @@ def test_tokens_are_what_they_are_without(tmp_path, counting):
 def test_a_step_that_does_not_fit_is_refused(tmp_path, counting, monkeypatch):
     monkeypatch.setattr(counting, "room", 40 * PER_TOKEN)
     config = config_of(tmp_path / "model", max_num_batched_tokens=48, max_num_seqs=5)
-    with pytest.raises(
-        ConfigError, match=r"A step of 48 tokens of 5 requests does not fit .* --max-num-b"
-    ):
+    with pytest.raises(ConfigError, match=r"A step of 48 tokens of 5 requests does not fit .* --max-num-b"):
         load(config)
+
+
+def test_a_platform_that_samples_itself_does_so_before_the_first_request(tmp_path, counting, monkeypatch):
+    seen = set()
+
+    def sample(logits_SV, params):
+        seen.add((len(logits_SV), params.all_greedy, params.any_filter, logits_SV.data_ptr() in raw))
+        return reference.sample(logits_SV, params)
+
+    raw = set()
+    logits = tiny.TinyModel.logits
+    monkeypatch.setattr(counting, "ops", lambda self, dtype: {"sample": sample})
+    monkeypatch.setattr(tiny.TinyModel, "logits", lambda *args: (x := logits(*args), raw.add(x.data_ptr()))[0])
+    load(config_of(tmp_path / "model", max_num_seqs=4))
+    ways = {(greedy, filtered) for _, greedy, filtered, _ in seen}
+    assert ways == {(True, False), (False, False), (False, True)}
+    assert {rows for rows, *_ in seen} == {1, 2, 4}
+    assert {(greedy, unruled) for _, greedy, _, unruled in seen} == set(product((True, False), repeat=2))

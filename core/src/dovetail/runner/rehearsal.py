@@ -1,0 +1,130 @@
+"""Steps that nobody asked for, before the first that somebody does: what must be compiled, or measured, is met here.
+
+Their requests are all in slot 0, which the first real one overwrites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.config import EngineConfig
+from dovetail.contracts.executor import KVGroup, Progress
+from dovetail.contracts.ops import OpTable
+from dovetail.errors import ConfigError
+from dovetail.messages import NULL_BLOCK, NewRow, StepPlan
+from dovetail.ops import reference
+from dovetail.runner.draft_model import DraftRunner
+from dovetail.runner.forward import ForwardPass
+from dovetail.runner.sampler import Sampler
+from dovetail.sampling_params import SamplingParams
+
+_FILTERS: dict[str, Any] = {"top_k": 50, "top_p": 0.9, "min_p": 0.01}
+_RULES: dict[str, Any] = {
+    "presence_penalty": 0.1,
+    "frequency_penalty": 0.1,
+    "repetition_penalty": 1.1,
+    "logit_bias": {0: 1.0},
+}
+DEMANDING = SamplingParams(**_FILTERS, **_RULES, logprobs=1)
+"""Takes whatever needs memory."""
+WAYS = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.0, **_RULES, logprobs=0),
+    SamplingParams(),
+    SamplingParams(**_RULES),
+    SamplingParams(**_FILTERS, logprobs=1),
+    DEMANDING,
+)
+"""Through the sampler: greedy or not, filtered or not, logits of the model's dtype or changed by rules."""
+
+
+@torch.inference_mode()
+def run_largest_step(
+    config: EngineConfig, forward: ForwardPass, draft: DraftRunner | None, sampler: Sampler, groups: Sequence[KVGroup]
+) -> None:
+    """Run the largest step that a configuration allows, over caches that may hold the null block alone.
+
+    Raises:
+        ConfigError: the device's memory does not suffice.
+    """
+    plan = largest_plan(config, len(groups))
+    try:
+        forward.tables.apply(plan)
+        sampler.enter(plan.new_rows[0])
+        _, _, logits_SV = forward.run(plan)
+        sampler.step(plan, logits_SV).read()
+        if draft is not None:
+            draft.forward.warm_up(draft.forward.bucket(plan.total_tokens, len(plan.slots)))
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"A step of {plan.total_tokens} tokens of {len(plan.slots)} requests does not fit beside the weights. "
+            f"Lower --max-num-batched-tokens or --max-num-seqs, quantize the weights, or free memory. ({error})"
+        ) from error
+
+
+def largest_plan(config: EngineConfig, num_groups: int) -> StepPlan:
+    """As many requests as may run share as many tokens as a step may have; all sample, and verify drafts if there are
+    any."""
+    requests = config.max_num_seqs
+    tokens = min(config.max_num_batched_tokens, requests * config.max_model_len)
+    counts = [tokens // requests + (i < tokens % requests) for i in range(requests)]
+    drafts = [min(config.num_speculative_tokens, count - 1) for count in counts]
+    pages = -(-counts[0] // config.block_size)
+    return _plan(_row(DEMANDING, counts[0] - drafts[0], [[NULL_BLOCK] * pages] * num_groups), counts, drafts)
+
+
+def warm_up(
+    forward: ForwardPass, draft: DraftRunner | None, sampler: Sampler, ops: OpTable, progress: Progress
+) -> None:
+    """Run every bucket on padding, and sample so many rows in every way."""
+    passes = [forward] if draft is None else [forward, draft.forward]
+    buckets = [(each, bucket) for each in passes for bucket in each.ladder]
+    sampled = set() if ops.sample is not reference.sample else {bucket.num_requests for _, bucket in buckets}
+    for done, (each, bucket) in enumerate(buckets):
+        progress.update("warm-up", done, len(buckets))
+        logits_SV = each.warm_up(bucket)
+        if each is forward and bucket.num_requests not in sampled:
+            sampled.add(bucket.num_requests)
+            sample_every_way(sampler, logits_SV[: bucket.num_requests])
+    progress.update("warm-up", len(buckets), len(buckets))
+
+
+@torch.inference_mode()
+def sample_every_way(sampler: Sampler, logits_SV: Tensor) -> None:
+    """One request per row of logits, which may hold anything."""
+    for params in WAYS:
+        row = _row(params, 1, [])
+        sampler.enter(row)
+        plan = _plan(row, [1] * len(logits_SV), [0] * len(logits_SV))
+        sampler.step(plan, logits_SV).read()
+
+
+def _plan(row: NewRow, counts: list[int], drafts: list[int]) -> StepPlan:
+    return StepPlan(
+        step=0,
+        new_rows=[row],
+        freed_slots=[],
+        slots=[row.slot] * len(counts),
+        num_computed=[0] * len(counts),
+        num_scheduled=counts,
+        drafts=[[0] * ahead for ahead in drafts],
+        samples=[True] * len(counts),
+        block_updates=[],
+    )
+
+
+def _row(params: SamplingParams, length: int, block_ids: list[list[int]]) -> NewRow:
+    return NewRow(
+        slot=0,
+        request_id="rehearsal",
+        token_ids=[0] * length,
+        prompt_len=length,
+        params=params,
+        eos_token_ids=(),
+        seed=0,
+        block_ids=block_ids,
+    )
