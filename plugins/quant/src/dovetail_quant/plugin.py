@@ -8,11 +8,12 @@ from dovetail.plugins.manifest import QuantManifest
 WEIGHT_ONLY = frozenset({"quantize_rows", "weight_only_pack", "weight_only_mm"})
 SCALED = frozenset({"quantize_rows", "scaled_mm_pack", "scaled_mm"})
 BLOCK_SCALED = frozenset({"quantize_rows", "block_scaled_pack", "block_scaled_mm"})
+FOUR_BITS = frozenset({"w4a16_mm"})
 
 
 @hookimpl
 def dovetail_register_quant_methods(register: Register[QuantManifest]) -> None:
-    """8-bit weights, with activations as they are or in 8 bits as well."""
+    """8-bit weights, with activations as they are or in 8 bits as well; and checkpoints with 4-bit weights."""
     register(
         QuantManifest(
             name="int8",
@@ -53,4 +54,26 @@ def dovetail_register_quant_methods(register: Register[QuantManifest]) -> None:
             ops=SCALED,
         ),
         "dovetail_quant.w8a8:Fp8W8A8",
+    )
+    register(
+        QuantManifest(
+            name="gptq",
+            summary="4-bit weights of GPTQ checkpoints, in groups; activations stay as they are.",
+            checkpoint_methods=("gptq",),
+            experts=True,
+            error=0.2,
+            ops=FOUR_BITS,
+        ),
+        "dovetail_quant.gptq:Gptq",
+    )
+    register(
+        QuantManifest(
+            name="awq",
+            summary="4-bit weights of AWQ checkpoints, in groups; activations stay as they are.",
+            checkpoint_methods=("awq",),
+            experts=True,
+            error=0.2,
+            ops=FOUR_BITS,
+        ),
+        "dovetail_quant.awq:Awq",
     )
