@@ -9,7 +9,8 @@ from dovetail.contracts.executor import Progress
 from dovetail.contracts.model import WeightTable
 from dovetail.contracts.quant import TensorSpec
 from dovetail.layers.block import Block
-from dovetail.runner.dummy_weights import LARGEST, dummy_bytes, fill_with_noise
+from dovetail.runner.dummy_weights import LARGEST, fill_with_noise
+from dovetail.runner.loader import weight_bytes
 
 CPU = torch.device("cpu")
 
@@ -51,7 +52,7 @@ def test_every_block_is_filled_within_bounds():
 
 def test_their_size_is_known_before():
     model = Tiny()
-    size = dummy_bytes(model)
+    size = weight_bytes(model)
     fill_with_noise(model, Progress())
     assert size == sum(x.nbytes for block in (model.embed, model.up) for x in block.kept.values())
 

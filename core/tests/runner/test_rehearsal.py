@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,10 +11,12 @@ import msgspec
 import pytest
 import torch
 
+from dovetail import sizes
 from dovetail.contracts.executor import ExecutorInfo, Progress
 from dovetail.contracts.platform import MemoryInfo
 from dovetail.errors import ConfigError
 from dovetail.ops import reference
+from dovetail.runner import loaded_model
 from dovetail.runner.executor import LocalExecutor
 from dovetail.testing.conformance import tiny
 from dovetail.testing.conformance.small_engine import core_part, generate, model_config
@@ -76,7 +79,7 @@ def test_the_largest_step_runs_and_the_cache_gets_the_rest(tmp_path, counting, d
         draft = config_of(tmp_path / "draft", **limits)
         config = msgspec.structs.replace(config, draft=draft, spec_decoder=ORACLE)
     _, info = load(config)
-    sized = [kind for kind, _ in counting.log].index("memory", 1)
+    sized = max(i for i, (kind, _) in enumerate(counting.log) if kind == "memory")
     assert [bucket for kind, bucket in counting.log[:sized] if kind == "run"] == [(48, 5)] * (1 + bool(drafts))
     cache = info.num_blocks * info.page_bytes + info.draft_bytes
     budget = 0.9 * TOTAL - HELD - 48 * PER_TOKEN
@@ -115,3 +118,16 @@ def test_a_platform_that_samples_itself_does_so_before_the_first_request(tmp_pat
     assert ways == {(True, False), (False, False), (False, True)}
     assert {rows for rows, *_ in seen} == {1, 2, 4}
     assert {(greedy, unruled) for _, greedy, _, unruled in seen} == set(product((True, False), repeat=2))
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path, counting, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = config_of(tmp_path / "model")
+    size = sum(weight.nbytes for weight in tiny.weights(tiny.WINDOWED).values())
+    monkeypatch.setattr(loaded_model, "load_weights", full)
+    monkeypatch.setattr(counting, "memory", lambda self: MemoryInfo(total=TOTAL, available=1024, dedicated=True))
+    missing = re.escape(f"take {sizes.size(size)} as they are loaded, and 1.0 KiB are free")
+    with pytest.raises(ConfigError, match=f"{missing}.*so {re.escape(sizes.size(size - 1024))} are missing"):
+        load(config)

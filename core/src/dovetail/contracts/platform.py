@@ -187,7 +187,7 @@ class Platform(ABC):
     def memory(self) -> MemoryInfo:
         """Device memory now.
 
-        Phase: load. Order: 5. Times: once, after the weights; again after the largest step if it counts peaks. May
+        Phase: load. Order: 5. Times: before and after the weights, and after the largest step if it counts peaks. May
         raise: nothing.
         """
         ...

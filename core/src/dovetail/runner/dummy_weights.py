@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -38,17 +37,6 @@ def fill_with_noise(model: Model, progress: Progress) -> None:
         made |= {Target(name, suffix): x for suffix, x in tensors.items() if Target(name, suffix) in sources}
         block.finalize(tensors)
         progress.update("load", done + 1, len(names))
-
-
-def dummy_bytes(model: Model) -> int:
-    """Of the tensors that a model without any would be filled with."""
-    ties = {Target.of(name) for name in model.weight_table().tied}
-    return sum(
-        math.prod(spec.shape) * spec.dtype.itemsize
-        for name, block in Plan(model).blocks.items()
-        for suffix, spec in block.specs.items()
-        if not spec.optional and Target(name, suffix) not in ties
-    )
 
 
 def _tensors(

@@ -14,11 +14,10 @@ from dovetail.contracts.executor import KVGroup
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Platform
 from dovetail.runner.draft_memory import draft_groups
-from dovetail.runner.dummy_weights import dummy_bytes
 from dovetail.runner.kv_memory import blocks_per_request, groups_of
 from dovetail.runner.load import load_selection, platform_config
 from dovetail.runner.loaded_model import unfilled
-from dovetail.runner.loader import weight_files
+from dovetail.runner.loader import weight_bytes, weight_files
 from dovetail.runner.tensor_file import TensorFile
 
 
@@ -68,7 +67,7 @@ def _one_request(config: EngineConfig, specs: Sequence[AttentionSpec], groups: S
 
 def _weights(config: EngineConfig, folder: Path) -> int:
     if config.load_format == "dummy":
-        return dummy_bytes(unfilled(config, OpTable(), torch.device("cpu")))
+        return weight_bytes(unfilled(config, OpTable(), torch.device("cpu")))
     dtype: torch.dtype = getattr(torch, config.dtype)
     tensors = [tensor for file in weight_files(folder) for tensor in TensorFile(file).tensors]
     return sum(

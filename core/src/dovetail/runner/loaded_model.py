@@ -15,13 +15,14 @@ from dovetail.contracts.executor import KVGroup, Progress
 from dovetail.contracts.model import Model, ModelContext, ModelFacts
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Platform, ShapePolicy
-from dovetail.errors import ModelLoadError
+from dovetail.errors import ConfigError, ModelLoadError
 from dovetail.runner import kv_memory, self_check
 from dovetail.runner.dummy_weights import fill_with_noise
 from dovetail.runner.forward import ForwardPass
 from dovetail.runner.load import load_selection
-from dovetail.runner.loader import load_weights
+from dovetail.runner.loader import load_weights, weight_bytes
 from dovetail.runner.slots import SlotTables
+from dovetail.sizes import size
 
 
 @contextmanager
@@ -50,6 +51,26 @@ def unfilled(config: EngineConfig, ops: OpTable, device: torch.device) -> Model:
     return model_class(config.hf_config, context)
 
 
+def _fill(config: EngineConfig, model: Model, platform: Platform, progress: Progress) -> None:
+    """Bring the weights into device memory.
+
+    Raises:
+        ConfigError: they do not fit; says how much is missing.
+    """
+    needed, free = weight_bytes(model), platform.memory().available
+    try:
+        if config.load_format == "dummy":
+            fill_with_noise(model, progress)
+        else:
+            load_weights(model, Path(config.model_path), progress)
+    except torch.OutOfMemoryError as error:
+        missing = f", so {size(needed - free)} are missing" if needed > free else ""
+        raise ConfigError(
+            f"The weights of {config.model_name} take {size(needed)} as they are loaded, and {size(free)} are free on "
+            f"the device{missing}. Quantize them (--quantization), choose a smaller model, or free memory. ({error})"
+        ) from error
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """One model on a platform, and what it takes to run it."""
@@ -68,10 +89,7 @@ class LoadedModel:
         dtype: torch.dtype = getattr(torch, config.dtype)
         with torch.inference_mode(), _naming_readers(config):
             model = unfilled(config, ops, platform.device)
-            if config.load_format == "dummy":
-                fill_with_noise(model, progress)
-            else:
-                load_weights(model, Path(config.model_path), progress)
+            _fill(config, model, platform, progress)
         backend: AttentionBackend = load_selection(config.attention)(
             ops=ops,
             device=platform.device,

@@ -81,6 +81,17 @@ def _chunks(moves: Sequence[Move], device: torch.device) -> Iterator[_Chunks]:
         yield ahead.chunks
 
 
+def weight_bytes(model: Model) -> int:
+    """Of the tensors that a model without any is to be filled with."""
+    ties = {Target.of(name) for name in model.weight_table().tied}
+    return sum(
+        math.prod(spec.shape) * spec.dtype.itemsize
+        for name, block in Plan(model).blocks.items()
+        for suffix, spec in block.specs.items()
+        if not spec.optional and Target(name, suffix) not in ties
+    )
+
+
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder.
 
