@@ -243,6 +243,18 @@ def filters_before_temperature(logits: Tensor, params: Any) -> Tensor:
     return reference.sample(logits.masked_fill(~kept, -torch.inf), replace(plain, any_filter=False))
 
 
+def presence_in_the_prompt(
+    logits: Tensor, rows: Tensor, slots: Tensor, factors: Tensor, counts: Tensor, in_prompt: Tensor
+) -> None:
+    reference.penalize(logits, rows, slots, factors, counts + in_prompt.to(counts.dtype), in_prompt)
+
+
+def repetition_of_the_output(
+    logits: Tensor, rows: Tensor, slots: Tensor, factors: Tensor, counts: Tensor, in_prompt: Tensor
+) -> None:
+    reference.penalize(logits, rows, slots, factors, counts, torch.zeros_like(in_prompt))
+
+
 def rank_with_equals(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, ...]:
     logprobs, _, *top = reference.top_logprobs(logits, tokens, k)
     return logprobs, (logits >= logits.gather(1, tokens.unsqueeze(1))).sum(-1), *top
@@ -306,6 +318,8 @@ MUTANTS: Mapping[Callable[..., Any], tuple[str, str]] = {
     nan_is_small: ("sample", "ops.20"),
     noise_by_row: ("sample", "ops.21"),
     filters_before_temperature: ("sample", "ops.21"),
+    presence_in_the_prompt: ("penalize", "ops.25"),
+    repetition_of_the_output: ("penalize", "ops.25"),
     rank_with_equals: ("top_logprobs", "ops.24"),
     last_of_equals_first: ("top_logprobs", "ops.24"),
     logprobs_of_the_logits_alone: ("top_logprobs", "ops.24"),

@@ -355,6 +355,22 @@ def test_paged_attention(dtype, batch, heads, kv_heads, window, soft_cap):
     assert_matches(out, expected.flatten(1), dtype)
 
 
+def test_penalize():
+    logits, factors = rand(4, 9), torch.tensor([[1.0, 0.0, 0.0], [1.3, 0.5, -0.2], [0.8, 0.0, 1.5]])
+    logits[2, 4] = -math.inf
+    counts, in_prompt = (3 * rand(3, 9, seed=1)).clamp(min=0).to(torch.int32), rand(3, 9, seed=2) > 0.5
+    expected = logits.double()
+    for row, slot in ((3, 1), (2, 2), (0, 0)):
+        repetition, frequency, presence = factors[slot].tolist()
+        for v in range(9):
+            count = int(counts[slot, v])
+            if count or in_prompt[slot, v]:
+                expected[row, v] *= repetition if expected[row, v] < 0 else 1 / repetition
+            expected[row, v] -= frequency * count + presence * (count > 0)
+    reference.penalize(logits, torch.tensor([3, 2, 0]), torch.tensor([1, 2, 0]), factors, counts, in_prompt)
+    assert_matches(logits, expected, torch.float32)
+
+
 @pytest.mark.parametrize("k", [0, 1, 4, 9])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_top_logprobs(dtype, k):

@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import PlatformConfig
 from dovetail.ops.random import Stream, gumbel, row_keys
 from dovetail.ops.sampling import SamplingTensors, filter_logits, sample_tokens
@@ -251,7 +252,7 @@ def test_penalty_equals_transformers_repetition_processor(make):
 
 
 def ruled(logits, row):
-    rules = LogitRules(1, logits.shape[1], ReferencePlatform(PlatformConfig()))
+    rules = LogitRules(1, logits.shape[1], ReferencePlatform(PlatformConfig()), OpTable())
     rules.enter(row)
     return rules.apply(logits, SampleRows.build([0], [0], np.array([len(row.token_ids)]), [[]]))
 

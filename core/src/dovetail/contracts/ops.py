@@ -50,6 +50,7 @@ class OpTable:
     moe_experts: Callable[..., Tensor] = reference.moe_experts
     write_kv: Callable[..., None] = reference.write_kv
     paged_attention: Callable[..., Tensor] = reference.paged_attention
+    penalize: Callable[..., None] = reference.penalize
     sample: Callable[..., Tensor] = reference.sample
     top_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = reference.top_logprobs
 

@@ -369,6 +369,29 @@ def sample(logits_SV: Tensor, params: SamplingTensors) -> Tensor:
     return sample_tokens(logits_SV, params)
 
 
+def penalize(
+    logits_SV: Tensor, rows_P: Tensor, slots_P: Tensor, factors_B3: Tensor, counts_BV: Tensor, in_prompt_BV: Tensor
+) -> None:
+    """Lower the logits of tokens that a request has seen, in place.
+
+    Repetition (Keskar et al. 2019, arXiv:1909.05858) looks at prompt and output; frequency and presence, as OpenAI
+    defines them, at the output alone.
+
+    Args:
+        logits_SV: float32 ``[S, V]``.
+        rows_P, slots_P: int64: the rows to change, none twice, and of each the entry in the tables.
+        factors_B3: float32: repetition, frequency and presence penalty.
+        counts_BV: int32: how often each token is in the output.
+        in_prompt_BV: bool: whether it is in the prompt.
+    """
+    logits_PV, counts_PV = logits_SV[rows_P], counts_BV[slots_P]
+    repetition_P1, frequency_P1, presence_P1 = factors_B3[slots_P].unsqueeze(2).unbind(1)
+    seen_PV = (counts_PV > 0) | in_prompt_BV[slots_P]
+    repeated_PV = torch.where(logits_PV > 0, logits_PV / repetition_P1, logits_PV * repetition_P1)
+    logits_PV = torch.where(seen_PV, repeated_PV, logits_PV)
+    logits_SV[rows_P] = logits_PV.sub_(frequency_P1 * counts_PV).sub_(presence_P1 * (counts_PV > 0))
+
+
 def top_logprobs(logits_SV: Tensor, tokens_S: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities of one token per row and of each row's most likely tokens.
 

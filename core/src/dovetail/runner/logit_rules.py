@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Platform
 from dovetail.messages import NewRow
 from dovetail.runner.sample_rows import SampleRows
@@ -20,14 +21,13 @@ from dovetail.runner.sample_rows import SampleRows
 class LogitRules:
     """Applies the rules of each slot's request, in the order bias, allowed tokens, min_tokens, penalties."""
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, platform: Platform) -> None:
-        self._upload = platform.upload
+    def __init__(self, max_num_seqs: int, vocab_size: int, platform: Platform, ops: OpTable) -> None:
         self._vocab_size = vocab_size
         self._bias = _TokenTable(max_num_seqs, platform)
         self._allowed = _TokenTable(max_num_seqs, platform)
         self._stops = _TokenTable(max_num_seqs, platform)
         self._stops_until = np.zeros(max_num_seqs, dtype=np.int64)
-        self._penalties = _Penalties(max_num_seqs, vocab_size, platform)
+        self._penalties = _Penalties(max_num_seqs, vocab_size, platform, ops)
 
     def enter(self, row: NewRow) -> None:
         """Write a request's rules into its slot, in place of those before."""
@@ -64,8 +64,7 @@ class LogitRules:
         if len(unstoppable):
             self._stops.mask(logits_SV, unstoppable, slots_S[unstoppable])
         if len(penalised):
-            index = self._upload(torch.from_numpy(penalised))
-            logits_SV[index] = self._penalties.apply(logits_SV[index], rows, penalised)
+            self._penalties.apply(logits_SV, rows, penalised)
         return logits_SV
 
     def observe(self, slots_R: np.ndarray, tokens_RK: Tensor) -> None:
@@ -124,14 +123,11 @@ class _TokenTable:
 
 
 class _Penalties:
-    """Repetition, frequency and presence penalties over dense token tables.
+    """Repetition, frequency and presence penalties over dense token tables."""
 
-    Repetition (Keskar et al. 2019, arXiv:1909.05858) looks at prompt and output; frequency and presence, as
-    OpenAI defines them, at the output alone.
-    """
-
-    def __init__(self, max_num_seqs: int, vocab_size: int, platform: Platform) -> None:
+    def __init__(self, max_num_seqs: int, vocab_size: int, platform: Platform, ops: OpTable) -> None:
         self.used = np.zeros(max_num_seqs, dtype=bool)
+        self._ops = ops
         self._shape = (max_num_seqs, vocab_size)
         self._device = platform.device
         self._upload = platform.upload
@@ -166,19 +162,17 @@ class _Penalties:
         place = (slots.unsqueeze(1).expand_as(new_RK), new_RK.clamp(min=0))
         counts.index_put_(place, (new_RK >= 0).to(counts.dtype), accumulate=True)
 
-    def apply(self, logits_SV: Tensor, rows: SampleRows, chosen: np.ndarray) -> Tensor:
-        """Penalised logits of the chosen rows; drafts before a row count as output."""
+    def apply(self, logits_SV: Tensor, rows: SampleRows, chosen: np.ndarray) -> None:
+        """Penalise the chosen rows in place; drafts before a row count as output."""
         counts, in_prompt = self._tables()
-        slots_S = self._upload(torch.from_numpy(rows.slots_S[chosen]))
-        counts_SV = counts[slots_S]
+        factors = self._factors
+        rows_P, slots_P = self._upload(torch.from_numpy(np.stack([chosen, rows.slots_S[chosen]])))
         if rows.has_drafts:
+            factors, counts, in_prompt = (table[slots_P] for table in (factors, counts, in_prompt))
             index, tokens = self._upload(torch.from_numpy(np.stack(rows.earlier_drafts(chosen))))
-            counts_SV.index_put_((index, tokens), counts_SV.new_ones(()), accumulate=True)
-        repetition_S1, frequency_S1, presence_S1 = self._factors[slots_S].unsqueeze(2).unbind(1)
-        seen_SV = (counts_SV > 0) | in_prompt[slots_S]
-        repeated_SV = torch.where(logits_SV > 0, logits_SV / repetition_S1, logits_SV * repetition_S1)
-        logits_SV = torch.where(seen_SV, repeated_SV, logits_SV)
-        return logits_SV.sub_(frequency_S1 * counts_SV).sub_(presence_S1 * (counts_SV > 0))
+            counts.index_put_((index, tokens), counts.new_ones(()), accumulate=True)
+            slots_P = torch.arange(len(chosen), device=self._device)
+        self._ops.penalize(logits_SV, rows_P, slots_P, factors, counts, in_prompt)
 
     def _tables(self) -> tuple[Tensor, Tensor]:
         if self._counts is None or self._in_prompt is None:

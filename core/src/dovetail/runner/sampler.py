@@ -72,7 +72,7 @@ class Sampler:
         self._platform = platform
         self._ops = ops
         self._table = SamplingTable(max_num_seqs, vocab_size, platform)
-        self._rules = LogitRules(max_num_seqs, vocab_size, platform)
+        self._rules = LogitRules(max_num_seqs, vocab_size, platform, ops)
         self._plain = np.zeros(max_num_seqs, dtype=bool)
         self._num_logprobs = np.full(max_num_seqs, NOT_ASKED)
         self._num_prompt_logprobs = np.full(max_num_seqs, NOT_ASKED)

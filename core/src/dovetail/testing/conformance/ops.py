@@ -454,6 +454,27 @@ class OpsSuite(Suite):
         alone = ops.sample(self.place(logits[[5, 42]]), few)
         self._exact(alone, expected[[5, 42]], f"tokens of rows 5 and 42 alone with {filters or 'no filters'}")
 
+    @covers("penalize")
+    @pytest.mark.parametrize("size", [1, 100, 5000])
+    def test_penalize(self, dtype: torch.dtype, size: int) -> None:
+        """ops.25: penalize changes the given rows in place: repetition by prompt and output, frequency and presence by
+        the output alone.
+        """
+        ops, logits = self.table(dtype), 3 * randn(5, size, dtype=torch.float32)
+        logits[2, size // 2 :] = -torch.inf
+        counts = (3 * randn(3, size, dtype=torch.float32, seed=1)).clamp(min=0).to(torch.int32)
+        in_prompt = randn(3, size, dtype=torch.float32, seed=2) > 0.5
+        factors = torch.tensor([[1.3, 0.0, 0.0], [0.8, 0.5, -0.2], [1.0, 0.3, 1.5]])
+        for rows, slots in (([], []), ([4, 0, 2], [2, 1, 0])):
+            rows_P, slots_P = (torch.tensor(places, dtype=torch.int64) for places in (rows, slots))
+            expected, placed = logits.clone(), self.place(logits)
+            reference.penalize(expected, rows_P, slots_P, factors, counts, in_prompt)
+            ops.penalize(placed, *self.place(rows_P, slots_P, factors, counts, in_prompt))
+            what = f"rows {rows} of {size} penalised logits"
+            out, forbidden = placed.cpu(), expected == -torch.inf
+            self.check(torch.equal(out == -torch.inf, forbidden), f"forbidden tokens in {what}")
+            self.near(out.masked_fill(forbidden, 0), expected.masked_fill(forbidden, 0), what, 1e-5)
+
     @covers("top_logprobs")
     @pytest.mark.parametrize("k", [0, 1, 20])
     def test_top_logprobs(self, dtype: torch.dtype, k: int) -> None:
