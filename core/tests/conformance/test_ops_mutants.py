@@ -166,6 +166,19 @@ def scaled_after_the_sum(x: Tensor, packed: Any, x_scale: Tensor, out: torch.dty
     return (product * x_scale.mean(1, keepdim=True) * packed.scale_OG.mean(1)).to(out)
 
 
+def quantized_experts_in_turn(x: Tensor, packed: Any, starts: Tensor, *rest: Any) -> Tensor:
+    empty = (starts[1:] == starts[:-1]).cumsum(0) > 0
+    shifted = starts.clone()
+    shifted[1:-1] = torch.where(empty[:-1], starts[1:-1] // 2, starts[1:-1])
+    return reference.quantized_experts_mm(x, packed, shifted, *rest)
+
+
+def quantized_experts_without_zero_points(
+    weight: Tensor, scale: Tensor, zero: Tensor | None = None, group: int | None = None
+) -> Any:
+    return reference.quantized_experts_pack(weight, scale, None, group)
+
+
 def high_half_first(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:
     return reference.w4a16_mm(x, (packed >> 4) | (packed << 4), scales, zeros, group)
 
@@ -307,6 +320,8 @@ MUTANTS: Mapping[Callable[..., Any], tuple[str, str]] = {
     last_expert_for_nobody: ("moe_experts", "ops.16"),
     experts_of_equal_weight: ("moe_experts", "ops.16"),
     first_expert_alone: ("moe_experts", "ops.16"),
+    quantized_experts_in_turn: ("quantized_experts_mm", "ops.26"),
+    quantized_experts_without_zero_points: ("quantized_experts_pack", "ops.26"),
     choose_in_low_precision: ("choose_experts", "ops.23"),
     choose_the_least_probable_first: ("choose_experts", "ops.23"),
     choose_and_always_normalize: ("choose_experts", "ops.23"),

@@ -22,7 +22,8 @@ not the reference: a large table tied to the head is kept in this form only. Wha
 ``scaled_mm_pack`` and ``block_scaled_pack`` return is read by the product of the same name alone."""
 
 PackedExperts = Any
-"""Whatever ``experts_pack`` returns; the ``moe_experts`` of the same table reads it."""
+"""Whatever ``experts_pack`` returns; the ``moe_experts`` of the same table reads it. So it is with
+``quantized_experts_pack`` and ``quantized_experts_mm``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +49,8 @@ class OpTable:
     choose_experts: Callable[..., tuple[Tensor, Tensor]] = reference.choose_experts
     experts_pack: Callable[..., PackedExperts] = reference.experts_pack
     moe_experts: Callable[..., Tensor] = reference.moe_experts
+    quantized_experts_pack: Callable[..., PackedExperts] = reference.quantized_experts_pack
+    quantized_experts_mm: Callable[..., Tensor] = reference.quantized_experts_mm
     write_kv: Callable[..., None] = reference.write_kv
     paged_attention: Callable[..., Tensor] = reference.paged_attention
     penalize: Callable[..., None] = reference.penalize

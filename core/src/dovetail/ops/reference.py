@@ -7,6 +7,7 @@ experts of one token and ``E`` all experts.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -277,6 +278,69 @@ def moe_experts(
             y = F.linear(silu_and_mul(F.linear(x_TD[token], gate_up_FD)), down_DF)
             out_TD.index_add_(0, token, y.to(out_TD.dtype) * weights_TA[token, choice].unsqueeze(-1))
     return out_TD.to(x_TD.dtype)
+
+
+class QuantizedExperts(NamedTuple):
+    """Quantized weights of all experts: element ``[e, o, i]`` is ``(value[e, o, i] - zero[e, o, g]) × scale[e, o, g]``,
+    where ``g`` is ``i // group_size``.
+    """
+
+    weight_EOI: Tensor
+    scale_EOG: Tensor
+    zero_EOG: Tensor | None
+    group_size: int
+
+
+def quantized_experts_pack(
+    weight_EOI: Tensor, scale_EOG: Tensor, zero_EOG: Tensor | None = None, group_size: int | None = None
+) -> QuantizedExperts:
+    """Bring the quantized weights of all experts into the form that :func:`quantized_experts_mm` reads.
+
+    Args:
+        weight_EOI: int8 or float8_e4m3fn ``[E, O, I]``; or uint8 ``[E, O, I / 2]``, pairs of 4-bit values as in
+            :func:`w4a16_mm`.
+        scale_EOG: ``[E, O, G]``: a scale per output and per group of inputs.
+        zero_EOG: zero points of pairs, in units of the values; None means 8 everywhere.
+        group_size: consecutive inputs that share a scale, the last group may be shorter; None means all of them.
+    """
+    inputs = weight_EOI.shape[2] * (2 if weight_EOI.dtype == torch.uint8 else 1)
+    return QuantizedExperts(weight_EOI, scale_EOG, zero_EOG, group_size or inputs)
+
+
+def quantized_experts_mm(
+    x_NI: Tensor,
+    packed: QuantizedExperts,
+    starts_E1: Tensor,
+    x_scale_NG: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Products of rows that are sorted by expert, each with its own expert's quantized weight.
+
+    Args:
+        x_NI: ``[N, I]``, wide, or in the dtype of the weight.
+        packed: from :func:`quantized_experts_pack`.
+        starts_E1: int64 ``[E + 1]``: expert e has the rows ``starts[e] : starts[e + 1]``; all rows have one.
+        x_scale_NG: float32 scales of quantized rows, in the groups of the weight.
+        out_dtype: of the result ``[N, O]``; None means that of ``x``.
+    """
+    dtype = _wide_dtype(x_NI.dtype)
+    x = x_NI.to(dtype) if x_scale_NG is None else _dequantize(x_NI, x_scale_NG, packed.group_size, dtype)
+    out_NO = x.new_zeros((len(x), packed.weight_EOI.shape[1]))
+    for expert, (start, end) in enumerate(pairwise(starts_E1.tolist())):
+        if start < end:
+            out_NO[start:end] = F.linear(x[start:end], _expert(packed, expert, dtype))
+    return out_NO.to(out_dtype or x_NI.dtype)
+
+
+def _expert(packed: QuantizedExperts, expert: int, dtype: torch.dtype) -> Tensor:
+    """One expert's weight ``[O, I]``."""
+    values_OI, scale_OG = packed.weight_EOI[expert], packed.scale_EOG[expert]
+    if values_OI.dtype != torch.uint8:
+        return _dequantize(values_OI, scale_OG, packed.group_size, dtype)
+    values_OI = torch.stack([values_OI & 0xF, values_OI >> 4], dim=-1).flatten(1).to(dtype)
+    zero_OG = torch.full_like(scale_OG, 8) if packed.zero_EOG is None else packed.zero_EOG[expert]
+    zero_OI = zero_OG.to(dtype).repeat_interleave(packed.group_size, dim=1)[:, : values_OI.shape[1]]
+    return _dequantize(values_OI - zero_OI, scale_OG, packed.group_size, dtype)
 
 
 def write_kv(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.quant import PackedLinear, TensorSpec
+from dovetail_quant.experts import Stacked, stack
 
 
 class BlockScaled:
@@ -41,3 +42,12 @@ class BlockScaled:
         values_TI, scale_TG = ops.quantize_rows(x_TI, torch.float8_e4m3fn, self._inputs)
         y_TO = ops.block_scaled_mm(values_TI, packed, scale_TG, x_TI.dtype)
         return y_TO if bias_O is None else y_TO + bias_O
+
+    def stack_experts(self, experts: Iterable[Mapping[str, Tensor]], ops: OpTable) -> Stacked:
+        """All together."""
+        return stack(((tensors["weight"], tensors["weight_scale_inv"]) for tensors in experts), self._inputs, ops)
+
+    def apply_stacked(self, x_NI: Tensor, packed: Stacked, starts_E1: Tensor, ops: OpTable) -> Tensor:
+        """Quantize each row's blocks, and multiply with its expert's weight."""
+        values_NI, scale_NG = ops.quantize_rows(x_NI, torch.float8_e4m3fn, self._inputs)
+        return ops.quantized_experts_mm(values_NI, packed.weight, starts_E1, scale_NG, x_NI.dtype)

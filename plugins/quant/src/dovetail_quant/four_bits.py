@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.quant import PackedLinear, QuantMethod, TensorSpec
 from dovetail.errors import ConfigError
+from dovetail_quant.experts import Stacked, together
 from dovetail_quant.on_load import PLAIN_LAYERS
 
 PER_WORD = 8
@@ -80,6 +81,27 @@ class FourBits(QuantMethod):
         x_TI = x_TI if packed.order_I is None else x_TI.index_select(1, packed.order_I)
         y_TO = ops.w4a16_mm(x_TI, packed.weight, packed.scale_OG, packed.zero_OG, packed.group_size)
         return y_TO if bias_O is None else y_TO + bias_O
+
+    def prepare_experts(
+        self, experts: Iterable[Mapping[str, Tensor]], ops: OpTable, dtype: torch.dtype
+    ) -> PackedLinear:
+        """All together, where the platform multiplies them so; they share the order of their inputs."""
+        each: list[Pairs] = super().prepare_experts(experts, ops, dtype)
+        if not together(ops):
+            return each
+        weight_EOI = torch.stack([packed.weight for packed in each])
+        scale_EOG = torch.stack([packed.scale_OG for packed in each])
+        zeros = [torch.full_like(one.scale_OG, 8) if one.zero_OG is None else one.zero_OG.float() for one in each]
+        zero_EOG = None if all(one.zero_OG is None for one in each) else torch.stack(zeros)
+        packed = ops.quantized_experts_pack(weight_EOI, scale_EOG, zero_EOG, each[0].group_size)
+        return Stacked(packed, each[0].order_I)
+
+    def apply_experts(self, x_NI: Tensor, packed: PackedLinear, starts_E1: Tensor, ops: OpTable) -> Tensor:
+        """See the contract."""
+        if not isinstance(packed, Stacked):
+            return super().apply_experts(x_NI, packed, starts_E1, ops)
+        x_NI = x_NI if packed.order_I is None else x_NI.index_select(1, packed.order_I)
+        return ops.quantized_experts_mm(x_NI, packed.weight, starts_E1)
 
 
 def spread(words: Tensor) -> Tensor:

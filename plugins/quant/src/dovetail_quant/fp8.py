@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.quant import PackedLinear, QuantMethod, TensorSpec
 from dovetail_quant.block_scaled import BlockScaled
+from dovetail_quant.experts import Stacked, together
 from dovetail_quant.fp8_section import Fp8Section
 from dovetail_quant.on_load import PLAIN_LAYERS
 from dovetail_quant.tensor_scaled import TensorScaled
@@ -57,6 +58,23 @@ class Fp8(QuantMethod):
     def apply(self, x_TI: Tensor, packed: PackedLinear, bias_O: Tensor | None, ops: OpTable) -> Tensor:
         """In the format's way."""
         return self._format.apply(x_TI, packed, bias_O, ops)
+
+    def prepare_experts(
+        self, experts: Iterable[Mapping[str, Tensor]], ops: OpTable, dtype: torch.dtype
+    ) -> PackedLinear:
+        """In the format's way: all together, where the platform multiplies them so."""
+        if isinstance(self._format, Fp8WeightOnly):
+            return self._format.prepare_experts(experts, ops, dtype)
+        stacked = self._format.stack_experts(experts, ops) if together(ops) else None
+        return super().prepare_experts(experts, ops, dtype) if stacked is None else stacked
+
+    def apply_experts(self, x_NI: Tensor, packed: PackedLinear, starts_E1: Tensor, ops: OpTable) -> Tensor:
+        """In the format's way."""
+        if isinstance(self._format, Fp8WeightOnly):
+            return self._format.apply_experts(x_NI, packed, starts_E1, ops)
+        if not isinstance(packed, Stacked):
+            return super().apply_experts(x_NI, packed, starts_E1, ops)
+        return self._format.apply_stacked(x_NI, packed, starts_E1, ops)
 
 
 def _format(section: Fp8Section | None) -> Format:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dovetail.hookspecs import Register, hookimpl
 from dovetail.plugins.manifest import QuantManifest
 
-WEIGHT_ONLY = frozenset({"quantize_rows", "weight_only_pack", "weight_only_mm"})
-SCALED = frozenset({"quantize_rows", "scaled_mm_pack", "scaled_mm"})
-BLOCK_SCALED = frozenset({"quantize_rows", "block_scaled_pack", "block_scaled_mm"})
-FOUR_BITS = frozenset({"w4a16_mm"})
+EXPERTS = frozenset({"quantized_experts_pack", "quantized_experts_mm"})
+WEIGHT_ONLY = EXPERTS | {"quantize_rows", "weight_only_pack", "weight_only_mm"}
+SCALED = EXPERTS | {"quantize_rows", "scaled_mm_pack", "scaled_mm"}
+BLOCK_SCALED = EXPERTS | {"quantize_rows", "block_scaled_pack", "block_scaled_mm"}
+FOUR_BITS = EXPERTS | {"w4a16_mm"}
 
 
 @hookimpl

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.quant import PackedLinear, TensorSpec
+from dovetail_quant.experts import Stacked, stack
 from dovetail_quant.scaled import Scaled, scaled_product
 
 FP8 = torch.float8_e4m3fn
@@ -66,6 +67,17 @@ class TensorScaled:
             return scaled_product(*ops.quantize_rows(x_TI, FP8), packed, bias_O, x_TI.dtype, ops)
         outputs = [self._part(x_TI, part, bias_O, ops) for part in packed]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def stack_experts(self, experts: Iterable[Mapping[str, Tensor]], ops: OpTable) -> Stacked | None:
+        """All together, if activations are quantized per row."""
+        if self._static:
+            return None
+        return stack(((tensors["weight"], tensors["weight_scale"].unsqueeze(1)) for tensors in experts), None, ops)
+
+    def apply_stacked(self, x_NI: Tensor, packed: Stacked, starts_E1: Tensor, ops: OpTable) -> Tensor:
+        """Quantize each row, and multiply with its expert's weight."""
+        values_NI, scale_N1 = ops.quantize_rows(x_NI, FP8)
+        return ops.quantized_experts_mm(values_NI, packed.weight, starts_E1, scale_N1, x_NI.dtype)
 
     @staticmethod
     def _part(x_TI: Tensor, part: Part, bias_O: Tensor | None, ops: OpTable) -> Tensor:

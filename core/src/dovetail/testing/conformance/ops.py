@@ -349,6 +349,41 @@ class OpsSuite(Suite):
             what = f"{tokens} tokens, {choices} of {experts} experts each"
             self.close(out, expected, what, dtype=dtype, looser=2)  # each of three products is rounded
 
+    @covers("quantized_experts_mm", "quantized_experts_pack")
+    @pytest.mark.parametrize("group", GROUPS, ids="group {}".format)
+    @pytest.mark.parametrize("narrow", [*QUANTIZED, torch.uint8], ids=str)
+    def test_quantized_experts(self, dtype: torch.dtype, narrow: torch.dtype, group: int | None) -> None:
+        """ops.26: quantized_experts_mm multiplies rows that are sorted by expert with their own expert's weight in 8 or
+        4 bits, also where experts have no rows; rows may be in the dtype of the weight.
+        """
+        ops = self.table(dtype)
+        experts, inputs, outputs = 5, 96, 40
+        pairs = narrow is torch.uint8
+        shape = (experts * outputs, inputs // 2 if pairs else inputs)
+        weight = quantized(*shape, dtype=torch.int8 if pairs else narrow, seed=1)
+        scale = _scales(experts * outputs, inputs // (group or inputs), seed=2) / inputs**0.5
+        zero = torch.arange(scale.numel()).remainder(16).float().view_as(scale) if pairs else torch.zeros_like(scale)
+        values = _values_of_pairs(weight) if pairs else weight.double()
+        wide = _dequantized(values - zero.double().repeat_interleave(group or inputs, 1), scale, group)
+        stacked = [x.view(experts, outputs, -1) for x in (weight.view(torch.uint8) if pairs else weight, scale, zero)]
+        weight_placed, scale_placed, zero_placed = self.place(*stacked)
+        packed = ops.quantized_experts_pack(weight_placed, scale_placed, zero_placed if pairs else None, group)
+        for counts in ((0, 0, 0, 0, 0), (1, 0, 0, 0, 0), (3, 0, 41, 1, 0), (20, 30, 40, 50, 60)):
+            rows = torch.tensor(counts)
+            starts = torch.cat([torch.zeros(1, dtype=torch.int64), rows.cumsum(0)])
+            own = wide.view(experts, outputs, inputs)[torch.arange(experts).repeat_interleave(rows)]
+            x = randn(int(rows.sum()), inputs, dtype=dtype)
+            out = ops.quantized_experts_mm(self.place(x), packed, self.place(starts))
+            what = f"{counts} rows of the experts, weights in {narrow}, group {group}"
+            self.close(out, torch.einsum("ni,noi->no", x.double(), own), what, dtype=dtype)
+            if pairs:
+                continue
+            x, x_scale = quantized(len(x), inputs, dtype=narrow, seed=4), _scales(len(x), scale.shape[1], seed=3)
+            placed = self.place(x, starts, x_scale)
+            out = ops.quantized_experts_mm(placed[0], packed, *placed[1:], dtype)
+            expected = torch.einsum("ni,noi->no", _dequantized(x, x_scale, group), own)
+            self.close(out, expected, f"{what}, and rows too", dtype=dtype)
+
     @covers("choose_experts")
     @pytest.mark.parametrize(("experts", "active"), [(1, 1), (6, 2), (33, 5), (128, 8)])
     @pytest.mark.parametrize("normalize", [True, False])
@@ -607,6 +642,12 @@ def _scaled_weight(outputs: int, inputs: int, group: int | None, narrow: torch.d
 def _dequantized(values: Tensor, scales: Tensor, group: int | None) -> Tensor:
     size = values.shape[1]
     return values.double() * scales.double().repeat_interleave(group or size, dim=1)[:, :size]
+
+
+def _values_of_pairs(weight: Tensor) -> Tensor:
+    """``[O, I]`` of the bytes of pairs, the low half first."""
+    stored = weight.view(torch.uint8)
+    return torch.stack([stored % 16, stored // 16], dim=-1).flatten(1).double()
 
 
 def _experts(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
