@@ -15,12 +15,18 @@ from dovetail.contracts.ops import OpTable
 from dovetail_cuda.kernels.activation import silu_and_mul
 from dovetail_cuda.kernels.attention import paged_attention
 from dovetail_cuda.kernels.experts import moe_experts
+from dovetail_cuda.kernels.linear import linear
 from dovetail_cuda.kernels.norm import add_rms_norm
 from dovetail_cuda.kernels.projection import prepare_and_store
 
 DEVICE, DTYPE, PAGE = "cuda", torch.bfloat16, 16
 HEADS, KV_HEADS, HEAD_SIZE, WIDTH = 32, 8, 128, 4096  # of an 8B model
 EXPERTS, CHOICES, EXPERT_WIDTH, INNER = 128, 8, 2048, 768  # of a 30B mixture
+PRODUCTS = (
+    *((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256)),  # of the 8B model
+    *((1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024), (1024, 151936)),  # of a 0.6B model
+)
+PRODUCT_TOKENS = (1, 4, 64)
 APART = 2**29
 """Bytes that a case's inputs have together, at least."""
 
@@ -109,6 +115,13 @@ def projection(tokens):
     return size, 0, calls, None
 
 
+def product(tokens, inputs, outputs):
+    size = 2 * inputs * outputs
+    x, weights = randn(tokens, inputs), [randn(outputs, inputs) for _ in copies(size)]
+    calls, peer = [lambda w=w: linear(x, w) for w in weights], [lambda w=w: F.linear(x, w) for w in weights]
+    return size, tokens * size, calls, peer
+
+
 def gate(tokens):
     width = 14336
     size = 6 * tokens * width
@@ -133,6 +146,11 @@ CASES = {
     "add_rms_norm, 8192 tokens": lambda: norm(8192),
     "norms of heads, rotation, KV write, 64 tokens": lambda: projection(64),
     "norms of heads, rotation, KV write, 8192 tokens": lambda: projection(8192),
+    **{
+        f"linear, {tokens} × {inputs} → {outputs}": lambda case=(tokens, inputs, outputs): product(*case)
+        for tokens in PRODUCT_TOKENS
+        for inputs, outputs in PRODUCTS
+    },
     "silu_and_mul, 64 tokens": lambda: gate(64),
     "silu_and_mul, 8192 tokens": lambda: gate(8192),
 }

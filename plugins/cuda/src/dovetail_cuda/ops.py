@@ -1,4 +1,4 @@
-"""The operations that the platform has kernels for; products of plain weights stay torch's, and so cuBLAS's."""
+"""The operations that the platform has kernels for; products of plain weights with many tokens stay torch's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dovetail_cuda.kernels.activation import gelu_tanh_and_mul, silu_and_mul
 from dovetail_cuda.kernels.attention import paged_attention
 from dovetail_cuda.kernels.cache import write_kv
 from dovetail_cuda.kernels.experts import moe_experts
+from dovetail_cuda.kernels.linear import linear
 from dovetail_cuda.kernels.norm import add_rms_norm, rms_norm
 from dovetail_cuda.kernels.rotary import rotary
 from dovetail_cuda.sampling import sample
@@ -22,6 +23,7 @@ def table() -> Mapping[str, Callable[..., Any]]:
         "rotary": rotary,
         "silu_and_mul": silu_and_mul,
         "gelu_tanh_and_mul": gelu_tanh_and_mul,
+        "linear": linear,
         "moe_experts": moe_experts,
         "write_kv": write_kv,
         "paged_attention": paged_attention,

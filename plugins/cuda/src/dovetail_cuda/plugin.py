@@ -15,6 +15,7 @@ OPS = frozenset(
         "rotary",
         "silu_and_mul",
         "gelu_tanh_and_mul",
+        "linear",
         "moe_experts",
         "write_kv",
         "paged_attention",

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dovetail_cuda.kernels.overlap import overlapped, release, wait
 from dovetail_cuda.kernels.rows import as_rows
 
 BLOCK = 1024
@@ -29,7 +30,8 @@ def _gate(x_T2F: Tensor, *, tanh: bool) -> Tensor:
         x = as_rows(x_T2F)
         block = min(BLOCK, triton.next_power_of_2(width))
         grid = (x.count, triton.cdiv(width, block))
-        _gate_kernel[grid](x.tensor, out, x.inner, *x.strides, width, TANH=tanh, BLOCK=block)
+        overlap = overlapped(out.device)
+        _gate_kernel[grid](x.tensor, out, x.inner, *x.strides, width, TANH=tanh, BLOCK=block, **overlap)
     return out
 
 
@@ -43,11 +45,14 @@ def _gate_kernel(
     width: tl.tensor,
     TANH: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    release(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     x_row = x_ptr + (row // inner) * outer_stride + (row % inner) * inner_stride
+    wait(OVERLAP)
     gate = tl.load(x_row + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x_row + width + columns, mask=mask, other=0.0).to(tl.float32)
     # tanh(u) is 2 sigmoid(2 u) - 1, so the tanh form of gelu is gate × sigmoid(2 u)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dovetail_cuda.kernels.overlap import overlapped, release, wait
 from dovetail_cuda.kernels.rows import as_rows
 
 TILE = 2048
@@ -52,6 +53,7 @@ def _launch(
         ROWS=rows,
         BLOCK=block,
         num_warps=min(16, max(1, rows * block // 512)),
+        **overlapped(out.device),
     )
 
 
@@ -73,11 +75,15 @@ def _rms_norm_kernel(
     ADD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    release(OVERLAP)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     mask = (rows < count) & (columns < width)
     outer, within = rows // inner, rows % inner
+    wait(OVERLAP)
+    weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + outer * x_outer_stride + within * x_inner_stride + columns, mask=mask, other=0.0)
     if ADD:
         places = outer * residual_outer_stride + within * residual_inner_stride + columns
@@ -86,6 +92,5 @@ def _rms_norm_kernel(
         tl.store(total_ptr + rows * width + columns, x, mask=mask)
     x = x.to(tl.float32)
     square = tl.sum(x * x, axis=1) / width
-    weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
     out = x * tl.rsqrt(square + eps)[:, None] * weight
     tl.store(out_ptr + rows * width + columns, out.to(out_ptr.dtype.element_ty), mask=mask)
