@@ -256,6 +256,19 @@ def filters_before_temperature(logits: Tensor, params: Any) -> Tensor:
     return reference.sample(logits.masked_fill(~kept, -torch.inf), replace(plain, any_filter=False))
 
 
+def drop_the_tied(logits: Tensor, params: Any) -> Tensor:
+    kept = reference.filter_logits(logits, params)
+    if not params.any_filter:
+        return kept
+    last = kept.masked_fill(kept == -torch.inf, torch.inf).amin(-1, keepdim=True)
+    tied = kept == last
+    return kept.masked_fill(tied & (tied.cumsum(-1) > 1), -torch.inf)
+
+
+def filter_greedy_rows(logits: Tensor, params: Any) -> Tensor:
+    return reference.filter_logits(logits, replace(params, temperature_S=params.temperature_S.clamp(min=1)))
+
+
 def presence_in_the_prompt(
     logits: Tensor, rows: Tensor, slots: Tensor, factors: Tensor, counts: Tensor, in_prompt: Tensor
 ) -> None:
@@ -333,6 +346,8 @@ MUTANTS: Mapping[Callable[..., Any], tuple[str, str]] = {
     nan_is_small: ("sample", "ops.20"),
     noise_by_row: ("sample", "ops.21"),
     filters_before_temperature: ("sample", "ops.21"),
+    drop_the_tied: ("filter_logits", "ops.26"),
+    filter_greedy_rows: ("filter_logits", "ops.26"),
     presence_in_the_prompt: ("penalize", "ops.25"),
     repetition_of_the_output: ("penalize", "ops.25"),
     rank_with_equals: ("top_logprobs", "ops.24"),

@@ -55,6 +55,7 @@ class OpTable:
     paged_attention: Callable[..., Tensor] = reference.paged_attention
     penalize: Callable[..., None] = reference.penalize
     sample: Callable[..., Tensor] = reference.sample
+    filter_logits: Callable[..., Tensor] = reference.filter_logits
     top_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = reference.top_logprobs
 
     @classmethod

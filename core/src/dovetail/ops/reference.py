@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dovetail.ops.sampling import SamplingTensors, sample_tokens
+from dovetail.ops import sampling
+from dovetail.ops.sampling import SamplingTensors
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -209,9 +210,7 @@ def scaled_mm(
     return (product_TO * x_scale_T1 * weight_scale_O1.t()).to(out_dtype)
 
 
-def w4a16_mm(
-    x_TI: Tensor, weight_packed: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int
-) -> Tensor:
+def w4a16_mm(x_TI: Tensor, weight_packed: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> Tensor:
     """``x @ weightᵀ`` with 4-bit weights, scaled per group of input features.
 
     Args:
@@ -343,9 +342,7 @@ def _expert(packed: QuantizedExperts, expert: int, dtype: torch.dtype) -> Tensor
     return _dequantize(values_OI - zero_OI, scale_OG, packed.group_size, dtype)
 
 
-def write_kv(
-    k_TNK: Tensor, v_TNK: Tensor, k_cache_BPNK: Tensor, v_cache_BPNK: Tensor, slot_mapping_T: Tensor
-) -> None:
+def write_kv(k_TNK: Tensor, v_TNK: Tensor, k_cache_BPNK: Tensor, v_cache_BPNK: Tensor, slot_mapping_T: Tensor) -> None:
     """Store keys and values in the paged cache, in place.
 
     Args:
@@ -430,7 +427,21 @@ def sample(logits_SV: Tensor, params: SamplingTensors) -> Tensor:
     Returns:
         int64 ``[S]``. A row's token depends on that row alone, never on its neighbours.
     """
-    return sample_tokens(logits_SV, params)
+    return sampling.sample_tokens(logits_SV, params)
+
+
+def filter_logits(logits_SV: Tensor, params: SamplingTensors) -> Tensor:
+    """Logits over temperature, with ``-inf`` for what min-p, top-k or top-p drops: whose softmax :func:`sample` draws
+    from.
+
+    Args:
+        logits_SV: ``[S, V]``, bias, masks and penalties applied.
+        params: one entry per row; greedy rows are only converted.
+
+    Returns:
+        float32 ``[S, V]``, a new tensor. Rows with NaN or without a finite logit have unspecified values.
+    """
+    return sampling.filter_logits(logits_SV, params)
 
 
 def penalize(

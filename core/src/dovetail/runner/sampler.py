@@ -161,7 +161,7 @@ class Sampler:
             return tokens_S, marked_S.unsqueeze(1)
         if draft_probs is None or params.all_greedy:
             return tokens_S, verify(marked_S, rows)
-        return tokens_S, verify_drawn(marked_S, rows, ruled_SV, params, draft_probs.gather(rows))
+        return tokens_S, verify_drawn(marked_S, rows, ruled_SV, params, draft_probs.gather(rows), self._ops)
 
     @staticmethod
     def _finite(logits_SV: Tensor, ruled_SV: Tensor) -> list[Tensor]:

@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dovetail.contracts.ops import OpTable
 from dovetail.contracts.specdec import Drafts
 from dovetail.ops.random import Stream, gumbel, row_keys, uniform
-from dovetail.ops.sampling import SamplingTensors, filter_logits
+from dovetail.ops.sampling import SamplingTensors
 from dovetail.runner.sample_rows import NO_TOKEN, SampleRows
 
 POISONED = -2
@@ -79,7 +80,12 @@ def verify(tokens_S: Tensor, rows: SampleRows) -> Tensor:
 
 
 def verify_drawn(
-    tokens_S: Tensor, rows: SampleRows, logits_SV: Tensor, params: SamplingTensors, draft_probs_SV: Tensor
+    tokens_S: Tensor,
+    rows: SampleRows,
+    logits_SV: Tensor,
+    params: SamplingTensors,
+    draft_probs_SV: Tensor,
+    ops: OpTable,
 ) -> Tensor:
     """Keep drafts by rejection sampling.
 
@@ -93,7 +99,7 @@ def verify_drawn(
         As :func:`verify`.
     """
     drafts_S = torch.from_numpy(rows.drafts_S).to(tokens_S.device)
-    probs_SV = filter_logits(logits_SV, params).softmax(-1)
+    probs_SV = ops.filter_logits(logits_SV, params).softmax(-1)
     survives_S = _survives(probs_SV, params, drafts_S, draft_probs_SV) & (tokens_S != POISONED)
     accepted_S = torch.where(params.is_greedy, tokens_S == drafts_S, survives_S & (drafts_S != NO_TOKEN))
 

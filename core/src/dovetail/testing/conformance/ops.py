@@ -489,6 +489,26 @@ class OpsSuite(Suite):
         alone = ops.sample(self.place(logits[[5, 42]]), few)
         self._exact(alone, expected[[5, 42]], f"tokens of rows 5 and 42 alone with {filters or 'no filters'}")
 
+    @covers("filter_logits")
+    @pytest.mark.parametrize(
+        "filters", [{}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.1}, {"top_k": 2000, "top_p": 0.5}], ids=str
+    )
+    def test_filter_logits(self, dtype: torch.dtype, filters: dict[str, Any]) -> None:
+        """ops.26: filter_logits divides by the temperature and drops what is below the last token kept, none tied with
+        it; greedy rows keep everything.
+        """
+        ops, temperatures = self.table(dtype), [0.0, 0.5, 1.0, 1.7]
+        host = torch.device("cpu")
+        for size, spread in ((1, 1.0), (500, 3.0), (3000, 0.1)):
+            logits = spread * randn(4, size, dtype=dtype)
+            out = ops.filter_logits(self.place(logits), self._parameters(temperatures, **filters))
+            expected = reference.filter_logits(logits, self._parameters(temperatures, device=host, **filters))
+            what = f"rows of {size} logits with {filters or 'no filters'}"
+            self.equal(out.dtype, torch.float32, f"dtype of {what}")
+            dropped = expected == -torch.inf
+            self.check(torch.equal(out.cpu() == -torch.inf, dropped), f"{what}: dropped other tokens")
+            self.near(out.cpu().masked_fill(dropped, 0), expected.masked_fill(dropped, 0), what, 1e-6)
+
     @covers("penalize")
     @pytest.mark.parametrize("size", [1, 100, 5000])
     def test_penalize(self, dtype: torch.dtype, size: int) -> None:
