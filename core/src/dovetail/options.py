@@ -52,12 +52,13 @@ class EngineOptions:
     block_size: int = option(16, "Tokens per KV-cache block.")
     kv_cache_memory: float | None = option(
         None,
-        "GiB for the KV cache; default: what memory_fraction leaves of a device's own memory, or else max_num_seqs "
-        "full contexts, at most a quarter of the host's free memory.",
+        "GiB for the KV cache; default: max_num_seqs full contexts, at most what memory_fraction leaves of a device's "
+        "own memory, or a quarter of the host's free memory.",
     )
     memory_fraction: float | None = option(
         None,
-        "Share of the device's own memory that the engine may take in all: weights, steps and KV cache; default: 0.9.",
+        "Share of the device's own memory that the engine may take in all: weights, steps and KV cache; if given, the "
+        "cache takes all that is left of it; default: 0.9.",
     )
     kv_cache_dtype: str = option("auto", "Storage dtype of the KV cache; auto takes the activation dtype.")
     enable_prefix_caching: bool = option(True, "Share KV blocks of equal prompt prefixes.")

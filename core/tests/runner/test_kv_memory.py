@@ -39,11 +39,14 @@ def free(available):
 
 
 def test_a_share_of_the_devices_own_memory_less_what_is_used():
-    config = engine_config(max_model_len=64, max_num_seqs=3)  # 49 blocks for full contexts
+    config = engine_config(max_model_len=64, max_num_seqs=3, memory_fraction=0.9)  # 49 blocks for full contexts
     own = MemoryInfo(total=20_000, available=15_000, dedicated=True)
     assert kv_memory.num_blocks(config, 100, FULL, own) == (18_000 - 5_000) // 100
     counted = MemoryInfo(total=20_000, available=15_000, dedicated=True, held=3_000, peak=4_000)
     assert kv_memory.num_blocks(config, 100, FULL, counted) == (18_000 - 4_000) // 100
+    default = engine_config(max_model_len=64, max_num_seqs=3)
+    assert kv_memory.num_blocks(default, 100, FULL, counted) == 3 * 16 + 1
+    assert kv_memory.num_blocks(default, 800, FULL, counted) == (18_000 - 4_000) // 800
     half = engine_config(max_model_len=64, memory_fraction=0.5)
     assert kv_memory.num_blocks(half, 100, FULL, counted) == (10_000 - 4_000) // 100
     crowded = MemoryInfo(total=20_000, available=9_000, dedicated=True, held=3_000, peak=4_000)
@@ -55,8 +58,9 @@ def test_a_share_of_the_devices_own_memory_less_what_is_used():
 def test_a_large_device_holds_no_more_blocks_than_the_host_can_list(monkeypatch):
     monkeypatch.setattr(kv_memory, "MOST_BLOCKS", 60)
     own = MemoryInfo(total=20_000, available=20_000, dedicated=True)
-    assert kv_memory.num_blocks(engine_config(max_model_len=64, max_num_seqs=3), 100, FULL, own) == 60
-    assert kv_memory.num_blocks(engine_config(max_model_len=64, max_num_seqs=5), 100, FULL, own) == 5 * 16 + 1
+    for requests, blocks in ((3, 60), (5, 5 * 16 + 1)):
+        config = engine_config(max_model_len=64, max_num_seqs=requests, memory_fraction=0.9)
+        assert kv_memory.num_blocks(config, 100, FULL, own) == blocks
 
 
 def test_what_is_missing_on_a_device_and_what_to_set():

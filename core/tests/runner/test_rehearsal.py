@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +20,7 @@ from dovetail.errors import ConfigError
 from dovetail.ops import reference
 from dovetail.runner import loaded_model
 from dovetail.runner.executor import LocalExecutor
+from dovetail.runner.forward import ForwardPass
 from dovetail.testing.conformance import tiny
 from dovetail.testing.conformance.small_engine import core_part, generate, model_config
 from dovetail.testing.platforms import LadderPlatform
@@ -73,7 +76,7 @@ def load(config) -> tuple[LocalExecutor, ExecutorInfo]:
 
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_the_largest_step_runs_and_the_cache_gets_the_rest(tmp_path, counting, drafts):
-    limits = {"max_num_batched_tokens": 48, "max_num_seqs": 5, "num_speculative_tokens": drafts}
+    limits = {"max_num_batched_tokens": 48, "max_num_seqs": 5, "num_speculative_tokens": drafts, "memory_fraction": 0.9}
     config = config_of(tmp_path / "model", **limits)
     if drafts:
         draft = config_of(tmp_path / "draft", **limits)
@@ -131,3 +134,18 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, counting, monkeypatch):
     missing = re.escape(f"take {sizes.size(size)} as they are loaded, and 1.0 KiB are free")
     with pytest.raises(ConfigError, match=f"{missing}.*so {re.escape(sizes.size(size - 1024))} are missing"):
         load(config)
+
+
+def test_a_closed_executor_leaves_nothing_behind(tmp_path, counting, monkeypatch):
+    monkeypatch.setattr(counting, "compile", lambda self, step, bucket: step)
+    executor, _ = load(config_of(tmp_path / "model"))
+    gc.collect()
+    gc.disable()
+    try:
+        held = [weakref.ref(x) for x in gc.get_objects() if type(x) in (tiny.TinyModel, ForwardPass)]
+        assert len(held) == 2
+        executor.close()
+        del executor
+        assert [ref() for ref in held] == [None, None]
+    finally:
+        gc.enable()

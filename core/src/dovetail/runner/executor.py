@@ -33,6 +33,7 @@ class LocalExecutor(Executor):
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._runner: ModelRunner | None = None
+        self._passes: list[ForwardPass] = []
 
     def load(self, progress: Progress) -> ExecutorInfo:
         """Build platform, model, cache and runner; then warm up the shape policy's ladder."""
@@ -55,10 +56,14 @@ class LocalExecutor(Executor):
 
         def passes(blocks: int) -> tuple[ForwardPass, DraftRunner | None]:
             """Over caches of that many blocks of the engine's own."""
+            self._forget_passes()
             forward = main.forward_pass(groups, blocks, tables, shapes, 1 + config.num_speculative_tokens)
+            self._passes = [forward]
             if drafter is None:
                 return forward, None
-            return forward, DraftRunner(drafter, shapes, tables, draft_blocks(drafter, groups, blocks))
+            draft = DraftRunner(drafter, shapes, tables, draft_blocks(drafter, groups, blocks))
+            self._passes.append(draft.forward)
+            return forward, draft
 
         memory = platform.memory()
         if memory.peak is not None:
@@ -98,6 +103,12 @@ class LocalExecutor(Executor):
     def close(self) -> None:
         """Drop model and cache."""
         self._runner = None
+        self._forget_passes()
+
+    def _forget_passes(self) -> None:
+        for forward in self._passes:
+            forward.close()
+        self._passes = []
 
     def _proposer(self, tables: SlotTables, draft: DraftRunner | None) -> Proposer | None:
         config = self._config

@@ -63,6 +63,10 @@ class ForwardPass:
         hidden_TD, logits_SV = self._compiled(bucket)(step, self._metadata(step))
         return rows, hidden_TD, logits_SV[: len(rows.logits_rows_S)]
 
+    def close(self) -> None:
+        """Forget the steps: they refer back to this, and would keep model and cache until they are collected."""
+        self._steps.clear()
+
     def bucket(self, num_tokens: int, num_requests: int) -> Bucket:
         """What a step of this size is padded to."""
         return self._shapes.fit(num_tokens, num_requests)

@@ -18,7 +18,7 @@ SHARED = 0.25
 DEDICATED = 0.9
 """Default of ``--memory-fraction``."""
 MOST_BLOCKS = 1 << 20
-"""A cache in a device's own memory holds no more than this, unless full contexts need it: the host lists all blocks."""
+"""More than ``--memory-fraction`` is ever honoured with, unless full contexts need them: the host lists all blocks."""
 
 
 def groups_of(specs: Sequence[AttentionSpec]) -> tuple[KVGroup, ...]:
@@ -47,9 +47,9 @@ def blocks_per_request(config: EngineConfig, groups: Sequence[KVGroup]) -> int:
 def num_blocks(config: EngineConfig, bytes_per_block: int, groups: Sequence[KVGroup], memory: MemoryInfo) -> int:
     """Blocks of the pool, the null block included.
 
-    In a device's own memory the cache takes what ``--memory-fraction`` leaves beside the weights and the largest step.
-    In the host's it holds ``max_num_seqs`` full contexts, of which each group keeps what its window shows, within a
-    share of what is free.
+    By default they hold ``max_num_seqs`` full contexts, of which each group keeps what its window shows, as far as the
+    memory goes: what ``--memory-fraction`` leaves of a device's own beside weights and the largest step, or a share of
+    what is free on the host. Who sets ``--memory-fraction`` gets all of it.
 
     Args:
         memory: after the largest step, where the platform counts its peak.
@@ -66,7 +66,7 @@ def num_blocks(config: EngineConfig, bytes_per_block: int, groups: Sequence[KVGr
     if config.kv_cache_memory is not None:
         return blocks
     full_contexts = config.max_num_seqs * per_request + 1
-    return min(blocks, max(full_contexts, MOST_BLOCKS) if memory.dedicated else full_contexts)
+    return min(blocks, full_contexts if config.memory_fraction is None else max(full_contexts, MOST_BLOCKS))
 
 
 def _budget(config: EngineConfig, memory: MemoryInfo) -> int:

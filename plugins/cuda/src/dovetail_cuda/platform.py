@@ -58,6 +58,7 @@ class CudaPlatform(Platform):
             found, needed = (".".join(map(str, version)) for version in (capability, OLDEST))
             name = torch.cuda.get_device_name(self._device)
             raise ConfigError(f"{name} has compute capability {found}, and {needed} is needed; use another --platform.")
+        torch.cuda.empty_cache()
         self._free_at_start, _ = torch.cuda.mem_get_info(self._device)
         self._pool = None if config.eager else GraphPool(self._device)
         self._transfers = Transfers(self._device)
@@ -72,6 +73,7 @@ class CudaPlatform(Platform):
         """Free memory, with what torch keeps for allocations to come. Graphs have a pool of their own, which no step of
         theirs fills more than the largest step takes.
         """
+        torch.cuda.empty_cache()  # what is left of earlier tensors is in pieces, and the KV cache's are large
         free, total = torch.cuda.mem_get_info(self._device)
         reserved, allocated = torch.cuda.memory_reserved(self._device), torch.cuda.memory_allocated(self._device)
         step = torch.cuda.max_memory_allocated(self._device) - allocated
