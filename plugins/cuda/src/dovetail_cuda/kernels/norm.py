@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,8 @@ from dovetail_cuda.kernels.rows import as_rows
 
 TILE = 2048
 """Elements of a program's rows together, where rows are shorter."""
+PER_WARP = 512
+"""Elements."""
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -35,9 +39,8 @@ def _launch(
         return
     x = as_rows(x_TD)
     residual = x if residual_TD is None else as_rows(residual_TD)
-    block = triton.next_power_of_2(x.width)
-    rows = max(1, min(TILE // block, triton.next_power_of_2(x.count)))
-    _rms_norm_kernel[(triton.cdiv(x.count, rows),)](
+    block, rows, warps = _cut(x.width, x.count)
+    _rms_norm_kernel[(-(-x.count // rows),)](
         x.tensor,
         residual.tensor,
         weight_D.contiguous(),
@@ -52,9 +55,17 @@ def _launch(
         ADD=residual_TD is not None,
         ROWS=rows,
         BLOCK=block,
-        num_warps=min(16, max(1, rows * block // 512)),
+        num_warps=warps,
         **overlapped(out.device),
     )
+
+
+@cache
+def _cut(width: int, count: int) -> tuple[int, int, int]:
+    """Columns and rows of a tile, and warps."""
+    block = triton.next_power_of_2(width)
+    rows = max(1, min(TILE // block, triton.next_power_of_2(count)))
+    return block, rows, min(16, max(1, rows * block // PER_WARP))
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -7,6 +7,8 @@ go to their page. Every number is rounded where the separate operations round it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -45,19 +47,17 @@ def prepare_and_store(
     See :meth:`dovetail.contracts.attention.Preparation.heads` and :func:`dovetail.ops.reference.write_kv`. What exceeds
     the cache's dtype becomes its largest number.
     """
-    heads, kv_heads, size = spec.num_heads, spec.num_kv_heads, spec.head_size
     if qkv_TE.stride(1) != 1:
         qkv_TE = qkv_TE.contiguous()
     tokens, table_PK = len(qkv_TE), preparation.cos_sin_PK
-    q_THK = qkv_TE[:, : heads * size].view(tokens, heads, size)
+    q_THK = qkv_TE[:, : spec.num_heads * spec.head_size].view(tokens, spec.num_heads, spec.head_size)
     if not tokens:
         return q_THK
     tiling = tiling or (FEW if tokens <= FEW_TOKENS else MANY)
-    largest, half = torch.finfo(k_cache_BPNK.dtype).max, table_PK.shape[1] // 2
     q_weight_K, k_weight_K = preparation.norm_weights_K or (table_PK, table_PK)
-    per_program = min(tiling.heads, triton.next_power_of_2(heads))
-    q_parts, kv_parts = triton.cdiv(heads, per_program), triton.cdiv(kv_heads, per_program)
-    _prepare_kernel[(tokens * (q_parts + 2 * kv_parts),)](
+    half, is_normed = table_PK.shape[1] // 2, preparation.norm_weights_K is not None
+    parts, constants = _cut(spec, half, is_normed, tiling, k_cache_BPNK.shape[1], qkv_TE.dtype, k_cache_BPNK.dtype)
+    _prepare_kernel[(tokens * parts,)](
         qkv_TE,
         positions_T,
         table_PK,
@@ -73,24 +73,44 @@ def prepare_and_store(
         slot_mapping_T.stride(0),
         *k_cache_BPNK.stride(),
         *v_cache_BPNK.stride(),
-        Q_HEADS=heads,
-        KV_HEADS=kv_heads,
-        Q_PARTS=q_parts,
-        KV_PARTS=kv_parts,
-        SIZE=size,
-        HALF=half,
-        NORM=preparation.norm_weights_K is not None,
-        PAGE=k_cache_BPNK.shape[1],
-        LIMIT=largest,
-        SATURATE=largest < torch.finfo(qkv_TE.dtype).max,
-        HEADS=per_program,
-        BLOCK=triton.next_power_of_2(size),
-        PAIRS=triton.next_power_of_2(half),
-        REST=triton.next_power_of_2(size - 2 * half) if size > 2 * half else 0,
-        num_warps=tiling.warps,
+        **constants,
         **overlapped(qkv_TE.device),
     )
     return q_THK
+
+
+@cache
+def _cut(
+    spec: AttentionSpec,
+    half: int,
+    is_normed: bool,
+    tiling: HeadTiling,
+    page: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+) -> tuple[int, dict[str, Any]]:
+    """Programs per token, and what is fixed for a kind of layer: the host finds it once, not at every launch."""
+    heads, kv_heads, size = spec.num_heads, spec.num_kv_heads, spec.head_size
+    per_program = min(tiling.heads, triton.next_power_of_2(heads))
+    q_parts, kv_parts = triton.cdiv(heads, per_program), triton.cdiv(kv_heads, per_program)
+    largest = torch.finfo(kv_dtype).max
+    return q_parts + 2 * kv_parts, {
+        "Q_HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "Q_PARTS": q_parts,
+        "KV_PARTS": kv_parts,
+        "SIZE": size,
+        "HALF": half,
+        "NORM": is_normed,
+        "PAGE": page,
+        "LIMIT": largest,
+        "SATURATE": largest < torch.finfo(dtype).max,
+        "HEADS": per_program,
+        "BLOCK": triton.next_power_of_2(size),
+        "PAIRS": triton.next_power_of_2(half),
+        "REST": triton.next_power_of_2(size - 2 * half) if size > 2 * half else 0,
+        "num_warps": tiling.warps,
+    }
 
 
 @triton.jit
