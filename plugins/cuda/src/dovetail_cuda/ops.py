@@ -9,10 +9,13 @@ from dovetail_cuda.kernels.activation import gelu_tanh_and_mul, silu_and_mul
 from dovetail_cuda.kernels.attention import paged_attention
 from dovetail_cuda.kernels.cache import write_kv
 from dovetail_cuda.kernels.experts import moe_experts
+from dovetail_cuda.kernels.filtering import filter_logits
 from dovetail_cuda.kernels.linear import linear
+from dovetail_cuda.kernels.logprobs import top_logprobs
 from dovetail_cuda.kernels.norm import add_rms_norm, rms_norm
+from dovetail_cuda.kernels.penalties import penalize
 from dovetail_cuda.kernels.rotary import rotary
-from dovetail_cuda.sampling import sample
+from dovetail_cuda.kernels.sampling import sample
 
 
 def table() -> Mapping[str, Callable[..., Any]]:
@@ -27,5 +30,8 @@ def table() -> Mapping[str, Callable[..., Any]]:
         "moe_experts": moe_experts,
         "write_kv": write_kv,
         "paged_attention": paged_attention,
+        "penalize": penalize,
         "sample": sample,
+        "filter_logits": filter_logits,
+        "top_logprobs": top_logprobs,
     }

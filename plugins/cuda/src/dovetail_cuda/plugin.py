@@ -19,7 +19,10 @@ OPS = frozenset(
         "moe_experts",
         "write_kv",
         "paged_attention",
+        "penalize",
         "sample",
+        "filter_logits",
+        "top_logprobs",
     }
 )
 """Operations that have a kernel, or a form that does not wait for the device."""
