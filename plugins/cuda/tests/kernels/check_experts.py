@@ -40,7 +40,8 @@ def test_everyone_chooses_the_same(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_tokens(dtype, monkeypatch):
     """Choices in several chunks, and tiles that take a rest in half."""
-    monkeypatch.setattr(expert_order, "CHUNK", 128)
+    monkeypatch.setattr(expert_order, "COUNTED", 128)
+    monkeypatch.setattr(expert_order, "PROGRAMS", 8)
     monkeypatch.setattr(experts, "tilings", lambda rows, wide: (Tiling(128, 16, 32, 4, 2), Tiling(128, 32, 16, 4, 2)))
     case = arguments(230, 3, 2, width=40, inner=24, dtype=dtype)
     close(moe_experts(*case), expected(*case), dtype, 2)

@@ -14,8 +14,14 @@ from torch import Tensor
 
 from dovetail_cuda.kernels.overlap import overlapped, release, wait
 
-CHUNK = 4096
-"""Choices that a program counts at most."""
+COUNTED = 2048
+"""Choices that a program counts, at most."""
+PLACED = 32, 128
+"""Choices that a program places, where there are few, and where there are many."""
+PROGRAMS = 128
+"""From so many on, a program places more choices."""
+TILES = 8
+"""Tiles that it describes, at most."""
 
 
 class Order(NamedTuple):
@@ -23,13 +29,11 @@ class Order(NamedTuple):
 
     Attributes:
         choices_C: int32: the choice that each row belongs to. Choices of no expert are missing, so the end is unset.
-        tiles_3N: int32: expert, first row, and end of the expert's rows, of each tile.
-        count_1: int32: tiles that there are; others are unset.
+        tiles_3N: int32: expert, first row, and end of the expert's rows, of each tile; the last ones have no rows.
     """
 
     choices_C: Tensor
     tiles_3N: Tensor
-    count_1: Tensor
 
 
 def order_by_expert(expert_ids_TA: Tensor, experts: int, rows: int) -> Order:
@@ -41,30 +45,32 @@ def order_by_expert(expert_ids_TA: Tensor, experts: int, rows: int) -> Order:
     """
     choices = expert_ids_TA.numel()
     device = expert_ids_TA.device
+    tiles = choices // rows + min(experts, choices)
     order = Order(
         torch.empty(choices, dtype=torch.int32, device=device),
-        torch.empty((3, choices // rows + min(experts, choices)), dtype=torch.int32, device=device),
-        torch.empty(1, dtype=torch.int32, device=device),
+        torch.empty((3, tiles), dtype=torch.int32, device=device),
     )
-    chunk = min(CHUNK, triton.next_power_of_2(max(choices, 64)))
-    chunks = triton.cdiv(choices, chunk)
+    placed = min(PLACED[1], max(PLACED[0], triton.next_power_of_2(choices // PROGRAMS)))
+    programs = max(triton.cdiv(choices, placed), triton.cdiv(tiles, TILES))
+    counted = max(placed, min(COUNTED, triton.next_power_of_2(choices)))
+    chunks = triton.cdiv(choices, counted)
     bins = triton.next_power_of_2(max(experts, 64))
     counts = torch.empty((chunks, bins), dtype=torch.int32, device=device)
     ids = (expert_ids_TA, *expert_ids_TA.stride(), choices, experts)
-    shape = {"CHOICES": expert_ids_TA.shape[1], "BINS": bins, "CHUNK": chunk}
-    overlap = overlapped(device)
+    shape = {"CHOICES": expert_ids_TA.shape[1], "BINS": bins, "COUNTED": counted, **overlapped(device)}
     if chunks > 1:
-        _count_kernel[(chunks,)](*ids, counts, **shape, num_warps=8, **overlap)
-    _place_kernel[(experts, chunks)](
+        _count_kernel[(chunks,)](*ids, counts, **shape, num_warps=8)
+    _place_kernel[(programs,)](
         *ids,
         counts,
         *order,
-        order.tiles_3N.shape[1],
+        tiles,
         **shape,
         CHUNKS=triton.next_power_of_2(chunks),
+        PLACED=placed,
+        TILES=triton.next_power_of_2(triton.cdiv(tiles, programs)),
         ROWS=rows,
-        num_warps=4 if chunk <= 1024 else 8,
-        **overlap,
+        num_warps=8,
     )
     return order
 
@@ -74,14 +80,12 @@ def _ids(
     ids_ptr: tl.tensor,
     stride_t: tl.tensor,
     stride_a: tl.tensor,
+    at: tl.tensor,
     choices: tl.tensor,
     experts: tl.tensor,
-    chunk: tl.tensor,
     CHOICES: tl.constexpr,
-    CHUNK: tl.constexpr,
 ) -> tl.tensor:
-    """The experts of a chunk's choices; the one beyond the last for choices of nobody."""
-    at = chunk * CHUNK + tl.arange(0, CHUNK)
+    """The experts of some choices; the one beyond the last for choices of nobody."""
     ids = tl.load(ids_ptr + (at // CHOICES) * stride_t + (at % CHOICES) * stride_a, mask=at < choices, other=-1)
     return tl.where((ids >= 0) & (ids < experts), ids, experts).to(tl.int32)
 
@@ -96,17 +100,18 @@ def _count_kernel(
     counts_ptr: tl.tensor,
     CHOICES: tl.constexpr,
     BINS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    COUNTED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
     release(OVERLAP)
     wait(OVERLAP)
     chunk = tl.program_id(0)
-    ids = _ids(ids_ptr, stride_t, stride_a, choices, experts, chunk, CHOICES, CHUNK)
+    at = chunk * COUNTED + tl.arange(0, COUNTED)
+    ids = _ids(ids_ptr, stride_t, stride_a, at, choices, experts, CHOICES)
     tl.store(counts_ptr + chunk * BINS + tl.arange(0, BINS), tl.histogram(ids, BINS, mask=ids < experts))
 
 
-@triton.jit(do_not_specialize=["choices", "slots"])
+@triton.jit(do_not_specialize=["choices", "tiles"])
 def _place_kernel(
     ids_ptr: tl.tensor,
     stride_t: tl.tensor,
@@ -116,43 +121,52 @@ def _place_kernel(
     counts_ptr: tl.tensor,
     choices_ptr: tl.tensor,
     tiles_ptr: tl.tensor,
-    count_ptr: tl.tensor,
-    slots: tl.tensor,
+    tiles: tl.tensor,
     CHOICES: tl.constexpr,
     BINS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    COUNTED: tl.constexpr,
     CHUNKS: tl.constexpr,
+    PLACED: tl.constexpr,
+    TILES: tl.constexpr,
     ROWS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """Place one expert's choices of one chunk; with the first chunk, the expert's tiles."""
+    """Place some choices, and describe some tiles."""
     release(OVERLAP)
     wait(OVERLAP)
-    expert, chunk = tl.program_id(0), tl.program_id(1)
+    first = tl.program_id(0) * PLACED
+    chunk = tl.minimum(first // COUNTED, (choices - 1) // COUNTED)
+    around = chunk * COUNTED + tl.arange(0, COUNTED)
+    ids = _ids(ids_ptr, stride_t, stride_a, around, choices, experts, CHOICES)
+    before = tl.histogram(ids, BINS, mask=(ids < experts) & (around < first))
     bins = tl.arange(0, BINS)
-    ids = _ids(ids_ptr, stride_t, stride_a, choices, experts, chunk, CHOICES, CHUNK)
     if CHUNKS == 1:
         totals = tl.histogram(ids, BINS, mask=ids < experts)
-        earlier = 0
     else:
         chunks = tl.arange(0, CHUNKS)
-        places = chunks[:, None] * BINS + bins[None, :]
-        counts = tl.load(counts_ptr + places, mask=(chunks * CHUNK < choices)[:, None], other=0)
+        counts = tl.load(
+            counts_ptr + chunks[:, None] * BINS + bins[None, :], mask=(chunks * COUNTED < choices)[:, None], other=0
+        )
         totals = tl.sum(counts, axis=0)
-        earlier = tl.sum(tl.sum(tl.where((chunks < chunk)[:, None] & (bins == expert)[None, :], counts, 0), axis=0))
-    start = tl.sum(tl.where(bins < expert, totals, 0))
-    mine = ids == expert
-    rows = start + earlier + tl.cumsum(mine.to(tl.int32), axis=0) - 1
-    tl.store(choices_ptr + rows, chunk * CHUNK + tl.arange(0, CHUNK), mask=mine)
-    if chunk == 0:
-        end = start + tl.sum(tl.where(bins == expert, totals, 0))
-        first = tl.sum(tl.where(bins < expert, (totals + ROWS - 1) // ROWS, 0))
-        count = (end - start + ROWS - 1) // ROWS
-        for at in range(0, count, 32):
-            tile = at + tl.arange(0, 32)
-            slot = tiles_ptr + first + tile
-            tl.store(slot, expert, mask=tile < count)
-            tl.store(slot + slots, start + tile * ROWS, mask=tile < count)
-            tl.store(slot + 2 * slots, end, mask=tile < count)
-        if expert == experts - 1:
-            tl.store(count_ptr, first + count)
+        before += tl.sum(tl.where((chunks < chunk)[:, None], counts, 0), axis=0)
+    starts = tl.cumsum(totals, axis=0) - totals
+    own, others = first + tl.arange(0, PLACED), first + tl.arange(0, PLACED)
+    own_ids = _ids(ids_ptr, stride_t, stride_a, own, choices, experts, CHOICES)
+    other_ids = _ids(ids_ptr, stride_t, stride_a, others, choices, experts, CHOICES)
+    base = _pick(starts + before, bins[None, :] == own_ids[:, None])
+    earlier = (own_ids[:, None] == other_ids[None, :]) & (others[None, :] < own[:, None])
+    tl.store(choices_ptr + base + tl.sum(earlier.to(tl.int32), axis=1), own, mask=own_ids < experts)
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    ends = tl.cumsum((totals + ROWS - 1) // ROWS, axis=0)
+    expert = tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), axis=1)
+    here = bins[None, :] == expert[:, None]
+    begin = _pick(starts - (ends - (totals + ROWS - 1) // ROWS) * ROWS, here) + tl.where(expert < BINS, tile * ROWS, 0)
+    tl.store(tiles_ptr + tile, expert, mask=tile < tiles)
+    tl.store(tiles_ptr + tiles + tile, begin, mask=tile < tiles)
+    tl.store(tiles_ptr + 2 * tiles + tile, _pick(starts + totals, here), mask=tile < tiles)
+
+
+@triton.jit
+def _pick(values: tl.tensor, here: tl.tensor) -> tl.tensor:
+    """Of each row of ``here``, the value that it marks, or zero."""
+    return tl.sum(tl.where(here, values[None, :], 0), axis=1)

@@ -69,7 +69,7 @@ def tilings(rows: float, *, wide: bool) -> tuple[Tiling, Tiling]:
         return Tiling(16, 16, 32, 4, 3), Tiling(16, 32, 32, 4, 3)
     if rows <= 8:
         return Tiling(16, 32, 256, 8, 2), Tiling(16, 64, 256, 4, 2)
-    if rows <= 96:
+    if rows <= 48:
         return Tiling(64, 64, 128, 4, 3), Tiling(64, 128, 64, 4, 4)
     return Tiling(128, 128, 64, 8, 4), Tiling(128, 256, 64, 8, 4)
 
@@ -157,7 +157,6 @@ def _inner_kernel(
     out_ptr: tl.tensor,
     choices_ptr: tl.tensor,
     tiles_ptr: tl.tensor,
-    count_ptr: tl.tensor,
     slots: tl.tensor,
     inner: tl.tensor,
     width: tl.tensor,
@@ -172,10 +171,9 @@ def _inner_kernel(
 ) -> None:
     release(OVERLAP)
     wait(OVERLAP)
-    tile = tl.program_id(1)
-    if tile >= tl.load(count_ptr):
+    expert, begin, end = _tile(tiles_ptr, slots, tl.program_id(1))
+    if begin >= end:
         return
-    expert, begin, end = _tile(tiles_ptr, slots, tile)
     column = tl.program_id(0) * COLUMNS
     if (ROWS > 64) & (end - begin <= ROWS // 2):  # a rest
         _inner_tile(
@@ -240,7 +238,6 @@ def _outer_kernel(
     factors_ptr: tl.tensor,
     choices_ptr: tl.tensor,
     tiles_ptr: tl.tensor,
-    count_ptr: tl.tensor,
     slots: tl.tensor,
     inner: tl.tensor,
     width: tl.tensor,
@@ -256,10 +253,9 @@ def _outer_kernel(
 ) -> None:
     release(OVERLAP)
     wait(OVERLAP)
-    tile = tl.program_id(1)
-    if tile >= tl.load(count_ptr):
+    expert, begin, end = _tile(tiles_ptr, slots, tl.program_id(1))
+    if begin >= end:
         return
-    expert, begin, end = _tile(tiles_ptr, slots, tile)
     column = tl.program_id(0) * COLUMNS
     if (ROWS > 64) & (end - begin <= ROWS // 2):  # a rest
         _outer_tile(
@@ -298,6 +294,9 @@ def _outer_tile(
 ) -> None:
     rows = begin + tl.arange(0, ROWS)
     row_mask = rows < end
+    choices = tl.load(choices_ptr + rows, mask=row_mask, other=0)  # early: nothing else covers the time it takes
+    factor_places = factors_ptr + (choices // CHOICES) * factors_stride_t + (choices % CHOICES) * factors_stride_a
+    factors = tl.load(factor_places, mask=row_mask, other=0.0).to(tl.float32)
     k = tl.arange(0, DEPTH)
     x_places = x_ptr + tl.where(row_mask, rows, begin).to(tl.int64)[:, None] * inner + k[None, :]
     acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
@@ -305,9 +304,7 @@ def _outer_tile(
         x = tl.load(x_places) if EVEN else tl.load(x_places, mask=(at + k < inner)[None, :], other=0.0)
         acc = tl.dot(x, weight.load([expert * width + column, at]).T, acc, input_precision=PRECISION)
         x_places += DEPTH
-    choices = tl.load(choices_ptr + rows, mask=row_mask, other=0)
-    places = factors_ptr + (choices // CHOICES) * factors_stride_t + (choices % CHOICES) * factors_stride_a
-    out = acc * tl.load(places, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+    out = acc * factors[:, None]
     columns = column + tl.arange(0, COLUMNS)
     out_places = out_ptr + choices.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(out_places, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (columns < width)[None, :])
