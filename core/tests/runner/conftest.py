@@ -112,8 +112,7 @@ def plan(slots, lengths, drafts=None, samples=None):
 def sampler(vocab_size, *rows, max_num_seqs=None):
     slots = max_num_seqs or max(row.slot for row in rows) + 1
     made = ReadingSampler(slots, vocab_size, ReferencePlatform(PlatformConfig()), OpTable())
-    for row in rows:
-        made.enter(row)
+    made.enter(rows)
     return made
 
 

@@ -295,13 +295,13 @@ def test_a_slot_carries_nothing_over_to_its_next_request(make):
     sampler = make.sampler(V, make.row(0, heavy))
     logits = torch.randn(1, V, generator=torch.Generator().manual_seed(0))
     assert sampler.step(make.plan([0], [3]), logits).token_ids == [[9]]
-    sampler.enter(make.row(0, SamplingParams(temperature=0)))
+    sampler.enter([make.row(0, SamplingParams(temperature=0))])
     assert sampler.step(make.plan([0], [3]), logits).token_ids == [[int(logits.argmax())]]
 
 
 def test_a_shorter_bias_replaces_a_longer_one(make):
     sampler = make.sampler(4, make.row(0, SamplingParams(temperature=0, logit_bias={0: 1.0, 1: 50.0, 2: 60.0})))
-    sampler.enter(make.row(0, SamplingParams(temperature=0, logit_bias={0: 1.0})))
+    sampler.enter([make.row(0, SamplingParams(temperature=0, logit_bias={0: 1.0}))])
     assert sampler.step(make.plan([0], [3]), torch.tensor([[0.0, 0.0, 0.0, 2.0]])).token_ids == [[3]]
 
 
@@ -310,7 +310,7 @@ def test_penalties_start_anew_in_a_reused_slot(make):
     logits = torch.tensor([[1.0, 0.9, 0.8, 0.1]])
     sampler = make.sampler(4, make.row(0, params, (0,)))
     assert [sampler.step(make.plan([0], [1 + i]), logits).token_ids[0][0] for i in range(2)] == [1, 2]
-    sampler.enter(make.row(0, params, (3,)))
+    sampler.enter([make.row(0, params, (3,))])
     # Neither the earlier prompt (0) nor the earlier output (1, 2) counts.
     assert [sampler.step(make.plan([0], [1 + i]), logits).token_ids[0][0] for i in range(3)] == [0, 1, 2]
 

@@ -120,7 +120,7 @@ def sampler():
             seed=slot,
             block_ids=[],
         )
-        made.enter(row)
+        made.enter([row])
     return made
 
 

@@ -54,7 +54,7 @@ def run_largest_step(
     plan = largest_plan(config, len(groups))
     try:
         forward.tables.apply(plan)
-        sampler.enter(plan.new_rows[0])
+        sampler.enter(plan.new_rows[:1])
         _, _, logits_SV = forward.run(plan)
         sampler.step(plan, logits_SV).read()
         if draft is not None:
@@ -83,13 +83,14 @@ def warm_up(
     """Run every bucket on padding, and sample so many rows in every way."""
     passes = [forward] if draft is None else [forward, draft.forward]
     buckets = [(each, bucket) for each in passes for bucket in each.ladder]
-    sampled = set() if ops.sample is not reference.sample else {bucket.num_requests for _, bucket in buckets}
+    sampled: set[int] = set()
     for done, (each, bucket) in enumerate(buckets):
         progress.update("warm-up", done, len(buckets))
         logits_SV = each.warm_up(bucket)
-        if each is forward and bucket.num_requests not in sampled:
-            sampled.add(bucket.num_requests)
-            sample_every_way(sampler, logits_SV[: bucket.num_requests])
+        if each is forward and ops.sample is not reference.sample:
+            for rows in {bucket.num_requests, max(1, bucket.num_requests - 1)} - sampled:  # even and odd
+                sample_every_way(sampler, logits_SV[:rows])
+                sampled.add(rows)
     progress.update("warm-up", len(buckets), len(buckets))
 
 
@@ -98,7 +99,7 @@ def sample_every_way(sampler: Sampler, logits_SV: Tensor) -> None:
     """One request per row of logits, which may hold anything."""
     for params in WAYS:
         row = _row(params, 1, [])
-        sampler.enter(row)
+        sampler.enter([row])
         plan = _plan(row, [1] * len(logits_SV), [0] * len(logits_SV))
         sampler.step(plan, logits_SV).read()
 

@@ -65,8 +65,9 @@ class ModelRunner:
         if self._proposer is not None:
             self._proposer.apply(plan)
         self._tables.apply(plan)
+        if plan.new_rows:
+            self._sampler.enter(plan.new_rows)
         for row in plan.new_rows:
-            self._sampler.enter(row)
             if row.params.prompt_logprobs is not None:
                 self._prompt_logprobs[row.slot] = row.prompt_len
 

@@ -77,14 +77,15 @@ class Sampler:
         self._num_logprobs = np.full(max_num_seqs, NOT_ASKED)
         self._num_prompt_logprobs = np.full(max_num_seqs, NOT_ASKED)
 
-    def enter(self, row: NewRow) -> None:
-        """A request replaces the one before it in a slot. Its parameters name tokens of the vocabulary only."""
-        self._table.enter(row)
-        self._rules.enter(row)
-        asked, prompt_asked = row.params.logprobs, row.params.prompt_logprobs
-        self._plain[row.slot] = asked is None and self._table.is_greedy(row.slot) and not self._rules.any_for(row.slot)
-        self._num_logprobs[row.slot] = NOT_ASKED if asked is None else asked
-        self._num_prompt_logprobs[row.slot] = NOT_ASKED if prompt_asked is None else prompt_asked
+    def enter(self, rows: Sequence[NewRow]) -> None:
+        """Requests replace those before them in their slots. Their parameters name tokens of the vocabulary only."""
+        self._table.enter(rows)
+        for row in rows:
+            self._rules.enter(row)
+            slot, asked, prompt_asked = row.slot, row.params.logprobs, row.params.prompt_logprobs
+            self._plain[slot] = asked is None and self._table.is_greedy(slot) and not self._rules.any_for(slot)
+            self._num_logprobs[slot] = NOT_ASKED if asked is None else asked
+            self._num_prompt_logprobs[slot] = NOT_ASKED if prompt_asked is None else prompt_asked
 
     def step(self, plan: StepPlan, logits_SV: Tensor, draft_probs: DraftProbs | None = None) -> Sampling:
         """Sample, or verify drafts, for every request of the plan that samples.

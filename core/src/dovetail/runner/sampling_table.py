@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,17 +36,20 @@ class SamplingTable:
         self._greedy = np.ones(max_num_seqs, dtype=bool)
         self._filtered = np.zeros(max_num_seqs, dtype=bool)
 
-    def enter(self, row: NewRow) -> None:
-        """Write a request's parameters into its slot."""
-        params, slot = row.params, row.slot
-        temperature = effective_temperature(params)
-        greedy = temperature == 0
-        top_k = params.top_k if 0 < params.top_k < self._vocab_size else 0
-        floats = [temperature, params.top_p, params.min_p]
-        self._floats[slot] = self._upload(torch.tensor(floats))
-        self._integers[slot] = self._upload(torch.tensor([top_k, signed64(row.seed)]))
-        self._greedy[slot] = greedy
-        self._filtered[slot] = not greedy and (top_k > 0 or params.top_p < 1 or params.min_p > 0)
+    def enter(self, rows: Sequence[NewRow]) -> None:
+        """Write the parameters of requests into their slots."""
+        floats, integers = [], []
+        for row in rows:
+            params, temperature = row.params, effective_temperature(row.params)
+            greedy = temperature == 0
+            top_k = params.top_k if 0 < params.top_k < self._vocab_size else 0
+            floats.append([temperature, params.top_p, params.min_p])
+            integers.append([row.slot, top_k, signed64(row.seed)])
+            self._greedy[row.slot] = greedy
+            self._filtered[row.slot] = not greedy and (top_k > 0 or params.top_p < 1 or params.min_p > 0)
+        integers_R3 = self._upload(torch.tensor(integers))
+        self._floats[integers_R3[:, 0]] = self._upload(torch.tensor(floats))
+        self._integers[integers_R3[:, 0]] = integers_R3[:, 1:]
 
     def is_greedy(self, slot: int) -> bool:
         """Whether the slot's request takes the most likely token."""

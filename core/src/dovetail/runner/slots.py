@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,10 @@ from torch import Tensor
 from dovetail.contracts.attention import StepTensors
 from dovetail.contracts.platform import Bucket, Platform
 from dovetail.messages import NULL_BLOCK, NewRow, StepPlan
+
+ALIGNMENT = 16
+"""Bytes."""
+_GAP = np.zeros(ALIGNMENT, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,24 +118,19 @@ class SlotTables:
 
     def apply(self, plan: StepPlan) -> None:
         """Apply the plan's diffs: rows that enter, blocks that were added, drafts to verify."""
-        for row in plan.new_rows:
-            self._enter(row)
-        if plan.block_updates:
-            self._add_blocks(plan.block_updates)
-        for slot, drafts in zip(plan.slots, plan.drafts, strict=True):
-            if drafts:
-                self._write(slot, int(self.num_tokens_S[slot]), drafts)
+        if plan.new_rows:
+            self._enter(plan.new_rows)
+        for group, table in enumerate(self.block_tables):
+            pieces = [(slot, first, ids) for slot, of, first, ids in plan.block_updates if of == group]
+            self._put(table, pieces)
+        drafted = [(slot, drafts) for slot, drafts in zip(plan.slots, plan.drafts, strict=True) if drafts]
+        self._put(self.tokens_SL, [(slot, int(self.num_tokens_S[slot]), drafts) for slot, drafts in drafted])
 
     def append(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> None:
         """Append verified tokens, one list per slot."""
-        counts = [len(ids) for ids in token_ids]
-        ends = np.cumsum(counts)
-        offsets = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-        positions = np.repeat(self.num_tokens_S[slots], counts) + offsets
-        tokens = np.array([token for ids in token_ids for token in ids], dtype=np.int64)
-        rows_N, columns_N, tokens_N = self._upload(np.repeat(slots, counts), positions, tokens)
-        self.tokens_SL[rows_N, columns_N] = tokens_N
-        self.num_tokens_S[slots] += counts
+        known = self.num_tokens_S[slots].tolist()
+        self._put(self.tokens_SL, list(zip(slots, known, token_ids, strict=True)))
+        self.num_tokens_S[slots] += [len(ids) for ids in token_ids]
 
     def append_sampled(self, rows: StepRows, tokens_R: Tensor) -> None:
         """Append a token to each request that samples in the step gathered last; the host need not know which."""
@@ -201,33 +201,34 @@ class SlotTables:
             max_seq_len=0,
         )
 
-    def _enter(self, row: NewRow) -> None:
-        self._write(row.slot, 0, row.token_ids)
-        self.num_tokens_S[row.slot] = len(row.token_ids)
-        for table, block_ids in zip(self.block_tables, row.block_ids, strict=True):
-            table[row.slot].fill_(NULL_BLOCK)
-            table[row.slot, : len(block_ids)] = self._platform.upload(torch.tensor(block_ids, dtype=torch.int32))
-
-    def _write(self, slot: int, start: int, token_ids: Sequence[int]) -> None:
-        self.tokens_SL[slot, start : start + len(token_ids)] = self._platform.upload(torch.tensor(token_ids))
-
-    def _add_blocks(self, updates: Sequence[tuple[int, int, int, list[int]]]) -> None:
-        """One copy per group, however many requests grow."""
+    def _enter(self, rows: Sequence[NewRow]) -> None:
+        slots = np.array([row.slot for row in rows])
+        self._put(self.tokens_SL, [(row.slot, 0, row.token_ids) for row in rows])
+        self.num_tokens_S[slots] = [len(row.token_ids) for row in rows]
+        (slots_R,) = self._upload(slots)
         for group, table in enumerate(self.block_tables):
-            places = [
-                (slot, first + i, block)
-                for slot, of, first, blocks in updates
-                if of == group
-                for i, block in enumerate(blocks)
-            ]
-            if places:
-                slots, columns, blocks = self._upload(*np.array(places, dtype=np.int64).T)
-                table[slots, columns] = blocks.to(torch.int32)
+            table.index_fill_(0, slots_R, NULL_BLOCK)
+            self._put(table, [(row.slot, 0, row.block_ids[group]) for row in rows])
+
+    def _put(self, table_SL: Tensor, pieces: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        """Write pieces ``(slot, first column, values)``, in one copy however many there are."""
+        counts = [len(values) for _, _, values in pieces]
+        if not sum(counts):
+            return
+        ends = np.cumsum(counts)
+        columns = np.repeat([first for _, first, _ in pieces] - ends + counts, counts) + np.arange(ends[-1])
+        values = np.fromiter(chain.from_iterable(piece[2] for piece in pieces), np.int64, ends[-1])
+        rows_N, columns_N, values_N = self._upload(np.repeat([slot for slot, _, _ in pieces], counts), columns, values)
+        table_SL[rows_N, columns_N] = values_N.to(table_SL.dtype)
 
     def _upload(self, *columns: np.ndarray, dtype: type[np.integer[Any]] = np.int64) -> Sequence[Tensor]:
-        """Several columns in one copy: to a device, each costs as much as all of them."""
-        packed = torch.from_numpy(np.concatenate(columns, dtype=dtype, casting="same_kind"))
-        return torch.split(self._platform.upload(packed), [len(column) for column in columns])
+        """Several columns in one copy: to a device, each costs as much as all of them. Each begins at a multiple of
+        ``ALIGNMENT``, as tensors of their own do, so that no compiler sees a difference.
+        """
+        step = ALIGNMENT // np.dtype(dtype).itemsize
+        parts = [part for column in columns for part in (column, _GAP[: -len(column) % step])]
+        packed = torch.from_numpy(np.concatenate(parts, dtype=dtype, casting="same_kind"))
+        return torch.split(self._platform.upload(packed), [len(part) for part in parts])[::2]
 
 
 def _padded(values: np.ndarray, size: int, fill: int = 0) -> np.ndarray:
