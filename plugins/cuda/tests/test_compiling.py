@@ -4,13 +4,14 @@ import inspect
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from triton.runtime import _async_compile, jit
 
 from dovetail_cuda import compile_ahead, kernel_cache
-from dovetail_cuda.compile_ahead import CompiledAhead
+from dovetail_cuda.compile_ahead import CompiledAhead, Compilers
 from dovetail_cuda.kernel_cache import KernelCache
 
 HOPPER = (9, 0)
@@ -57,7 +58,7 @@ class Compiler:
     """Compiles by name, each for a while, and notes how many it compiles at a time."""
 
     def __init__(self):
-        self.done, self.launched, self.at_once, self._running = {}, [], 0, 0
+        self.done, self.compiled, self.launched, self.at_once, self._running = {}, [], [], 0, 0
         self._lock = threading.Lock()
 
     def compile(self, name):
@@ -67,6 +68,7 @@ class Compiler:
         time.sleep(0.05)
         with self._lock:
             self._running -= 1
+            self.compiled.append(name)
         return Kernel()
 
     def run(self, kernel, *args, grid, warmup, **options):
@@ -106,9 +108,9 @@ def kernel(name):
     return made
 
 
-def test_a_step_runs_with_all_kernels_compiled_together(compiler):
-    kernels = [kernel(f"k{i}") for i in range(4)]
-    seen, finished = [], []
+def step_of(names, seen):
+    """A step that launches kernels of these names, and the tables of a step of so many tokens."""
+    kernels = [kernel(name) for name in names]
 
     def step(tensors, metadata):
         buffers = []
@@ -116,28 +118,46 @@ def test_a_step_runs_with_all_kernels_compiled_together(compiler):
             buffers.append(torch.empty(3))
             seen.append(buffers[-1].tolist())
             jit.JITFunction.run(each, buffers[-1], grid=(1,), warmup=False, value=value)
-        return torch.stack(buffers), tensors
+        return torch.stack(buffers), torch.zeros(1)
 
-    ahead = CompiledAhead(step, lambda: finished.append(1))
-    out, passed = ahead("tensors", [])
+    return step
+
+
+PADDING, REAL = SimpleNamespace(max_seq_len=0), SimpleNamespace(max_seq_len=7)
+
+
+def test_kernels_of_all_sizes_are_compiled_together(compiler):
+    compilers, seen, finished = Compilers(), [], []
+    sizes = []
+    for names in (["a", "b", "c"], ["c", "d"]):
+        step = step_of(names, seen)
+        sizes.append(CompiledAhead(step, step, compilers, lambda: finished.append(1)))
+    for size in sizes:
+        size(PADDING, [])
+    assert seen == [[0, 0, 0]] * 5
+    assert compiler.launched == []
+    outputs = [size(PADDING, [])[0] for size in sizes]
     assert compiler.at_once > 1
-    assert compiler.launched == ["k0", "k1", "k2", "k3"]
-    assert seen[:4] == [[0, 0, 0]] * 4
-    assert (out[:, 0].tolist(), passed) == ([1, 2, 3, 4], "tensors")
-    ahead("tensors", [])
-    assert len(compiler.launched) == 8
-    assert finished == [1]
+    assert sorted(compiler.compiled) == ["a", "b", "c", "d"]
+    assert compiler.launched == ["a", "b", "c", "c", "d"]
+    assert [out[:, 0].tolist() for out in outputs] == [[1, 2, 3], [1, 2]]
+    assert finished == [1, 1]
 
 
-def test_a_step_whose_kernels_are_there_runs_once(compiler):
-    compiler.done["k"] = Kernel()
-    runs = []
+def test_a_real_step_is_complete_when_first_met(compiler):
+    ran = []
+    step = step_of(["a", "b"], [])
+    ahead = CompiledAhead(step, lambda *args: (ran.append(1), step(*args))[1], Compilers(), lambda: None)
+    out, _ = ahead(REAL, [])
+    assert out[:, 0].tolist() == [1, 2]
+    assert compiler.launched == ["a", "b"]
+    ahead(REAL, [])
+    assert len(ran) == 2
 
-    def step(tensors, metadata):
-        runs.append(1)
-        out = torch.empty(1)
-        jit.JITFunction.run(kernel("k"), out, grid=(1,), warmup=False, value=7)
-        return out, out
 
-    out, _ = CompiledAhead(step, lambda: None)(None, [])
-    assert (len(runs), out.tolist()) == (1, [7])
+def test_what_is_compiled_already_runs_when_it_is_met(compiler):
+    compiler.done["a"] = Kernel()
+    step = step_of(["a", "b"], [])
+    out, _ = CompiledAhead(step, step, Compilers(), lambda: None)(PADDING, [])
+    assert compiler.launched == ["a"]
+    assert out[:, 0].tolist() == [1, 0]

@@ -1,4 +1,4 @@
-"""Compiling all kernels of a step at once, in threads, instead of one after the other as the step comes to them."""
+"""Compiling kernels in threads, all that are known, instead of one after the other as a step comes to them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from triton.runtime._async_compile import AsyncCompileMode, FutureKernel
+from triton.runtime._async_compile import AsyncCompileMode, FutureKernel, active_mode
 from triton.runtime.jit import JITFunction
 
 from dovetail.contracts.attention import StepTensors
@@ -21,53 +21,88 @@ THREADS = min(16, os.cpu_count() or 1)
 
 
 class CompiledAhead:
-    """A step whose first run finds its kernels compiled.
+    """A step that finds its kernels compiled when it runs.
 
-    It goes through the step once, leaving out the kernels that are not compiled yet, while threads compile them. If
-    there were any, the step runs again. What such a kernel would have written is zero meanwhile: an index into
-    anything, and a number like any other.
+    Met for the first time, it is gone through without the kernels that are not compiled yet, while threads compile
+    them. What such a kernel would have written is zero meanwhile: an index into anything, and a number like any other.
+    If it was a step of padding, whose results nobody reads, that is all for now, and the next size can be met while the
+    threads work.
     """
 
-    def __init__(self, step: StepFunction, then: Callable[[], None]) -> None:
-        """``then`` is called after the first run."""
-        self._step = step
+    def __init__(self, step: StepFunction, run: StepFunction, compilers: Compilers, then: Callable[[], None]) -> None:
+        """Prepare one size.
+
+        Args:
+            step: what launches the kernels.
+            run: the form in which it runs.
+            then: called after the first complete run.
+        """
+        self._step, self._run = step, run
+        self._compilers = compilers
         self._then: Callable[[], None] | None = then
+        self._is_known = False
 
     def __call__(self, step: StepTensors, metadata: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Run the step."""
         if self._then is None:
-            return self._step(step, metadata)
-        with _compiling() as left_out:
-            outputs = self._step(step, metadata)
-        if left_out:
-            outputs = self._step(step, metadata)
+            return self._run(step, metadata)
+        if not self._is_known:
+            self._is_known = True
+            with self._compilers.left_out():
+                outputs = self._step(step, metadata)
+            if step.max_seq_len == 0:
+                return outputs
+        self._compilers.wait()
+        outputs = self._run(step, metadata)
         self._then()
         self._then = None
         return outputs
 
 
-@contextmanager
-def _compiling() -> Iterator[list[str]]:
-    """Kernels that are not compiled are left out, and compiled when the context is left; gives their names."""
-    left_out: list[str] = []
-    run = JITFunction.run
+class Compilers:
+    """Threads that compile what is left out."""
 
-    def launch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        if isinstance(kernel, FutureKernel):
-            left_out.append(self.__name__)
-            return kernel
-        return run(self, *args, grid=grid, warmup=warmup, **options)
+    def __init__(self) -> None:
+        self._mode = _Mode(_Pool())
 
-    with _Compilers() as compilers, AsyncCompileMode(compilers), _Zeroed():
-        JITFunction.run = launch
-        try:
-            yield left_out
-        finally:
-            JITFunction.run = run
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Meanwhile kernels that are not compiled are not launched, but compiled."""
+        run = JITFunction.run
+
+        def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+            if isinstance(compiled, FutureKernel):
+                return compiled
+            return run(kernel, *args, grid=grid, warmup=warmup, **options)
+
+        with self._mode, _Zeroed():
+            JITFunction.run = launch
+            try:
+                yield
+            finally:
+                JITFunction.run = run
+
+    def wait(self) -> None:
+        """Until all of them are compiled, and on the device."""
+        self._mode.wait()
 
 
-class _Compilers(ThreadPoolExecutor):
+class _Mode(AsyncCompileMode):  # type: ignore[misc]  (Triton has no types)
+    """Its base waits when it is left."""
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        active_mode.set(None)
+
+    def wait(self) -> None:
+        """Until everything is compiled."""
+        for kernel in self.future_kernels.values():
+            kernel.result()
+        self.raw_futures.clear()
+        self.future_kernels.clear()
+
+
+class _Pool(ThreadPoolExecutor):
     """Compiles kernels, and brings each to the device."""
 
     def __init__(self) -> None:

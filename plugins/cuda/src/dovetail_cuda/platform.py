@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from dovetail_cuda.graphs import GraphPool, GraphStep
 from dovetail_cuda.kernel_cache import KernelCache
 from dovetail_cuda.shapes import GRAPH_TOKENS, GraphShapes
 from dovetail_cuda.transfers import Transfers
+
+if TYPE_CHECKING:
+    from dovetail_cuda.compile_ahead import Compilers
 
 DRIVER = Path("/proc/driver/nvidia")
 OLDEST = (8, 0)
@@ -62,6 +65,7 @@ class CudaPlatform(Platform):
         self._free_at_start, _ = torch.cuda.mem_get_info(self._device)
         self._pool = None if config.eager else GraphPool(self._device)
         self._transfers = Transfers(self._device)
+        self._compilers: Compilers | None = None
         self._kernels = None if config.cache is None else KernelCache(config.cache, capability, config.workload)
 
     @property
@@ -115,21 +119,23 @@ class CudaPlatform(Platform):
         """A graph for small steps; large ones keep the device busy while the host launches."""
         if self._pool is None:
             return step
-        if not self._has_all_kernels():
-            step = self._compiled_ahead(step, bucket)
-        return step if bucket.num_tokens > GRAPH_TOKENS else GraphStep(step, self._pool)
+        run = step if bucket.num_tokens > GRAPH_TOKENS else GraphStep(step, self._pool)
+        return run if self._has_all_kernels() else self._compiled_ahead(step, run, bucket)
 
     def _has_all_kernels(self) -> bool:
         return self._kernels is not None and self._kernels.is_complete
 
-    def _compiled_ahead(self, step: StepFunction, bucket: Bucket) -> StepFunction:
-        from dovetail_cuda.compile_ahead import CompiledAhead
+    def _compiled_ahead(self, step: StepFunction, run: StepFunction, bucket: Bucket) -> StepFunction:
+        from dovetail_cuda.compile_ahead import CompiledAhead, Compilers
+
+        if self._compilers is None:
+            self._compilers = Compilers()
 
         def done() -> None:
             if self._kernels is not None and bucket.num_tokens == 1:  # warm-up ends with the smallest
                 self._kernels.complete()
 
-        return CompiledAhead(step, done)
+        return CompiledAhead(step, run, self._compilers, done)
 
 
 def _why_none() -> str:

@@ -10,7 +10,7 @@ from dovetail.contracts.platform import Bucket, ShapePolicy
 GRAPH_TOKENS = 512
 """Largest step that is captured as a graph; above, the device computes longer than the host takes to launch."""
 FEW = (1, 8, 64, 512)
-"""What start-up tries where all kernels are there."""
+"""What start-up tries when all kernels are there."""
 _STEPS_PER_OCTAVE = 4
 _SMALLEST_STEP = 8
 
@@ -22,7 +22,7 @@ class GraphShapes(ShapePolicy):
     per rung. From 16 tokens on, a rung is at most a quarter above the one below.
 
     Args:
-        every_size: whether start-up must meet every rung, since kernels are to be compiled; else it tries a few.
+        every_size: whether start-up must meet every rung, since kernels are to be compiled.
     """
 
     static = True
@@ -45,8 +45,10 @@ class GraphShapes(ShapePolicy):
         return Bucket(tokens, min(tokens, self._max_requests))
 
     def ladder(self) -> Sequence[Bucket]:
-        """Every rung, or those of :data:`FEW`."""
-        rungs = [tokens for tokens in reversed(self._tokens) if self._every_size or tokens in FEW]
+        """Those of :data:`FEW`; before them, where kernels are to be compiled, every rung to meet them."""
+        down = self._tokens[::-1]
+        tried = [tokens for tokens in down if tokens in FEW]
+        rungs = down + tried if self._every_size else tried
         return [Bucket(tokens, min(tokens, self._max_requests)) for tokens in rungs]
 
 
