@@ -88,7 +88,7 @@ class Compilers:
         self._mode.wait()
 
 
-class _Mode(AsyncCompileMode):  # type: ignore[misc]  (Triton has no types)
+class _Mode(AsyncCompileMode):  # type: ignore[misc]  # Triton has no types
     """Its base waits when it is left."""
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
