@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dovetail_cuda import quantized
 from dovetail_cuda.kernels.activation import gelu_tanh_and_mul, silu_and_mul
 from dovetail_cuda.kernels.attention import paged_attention
 from dovetail_cuda.kernels.cache import write_kv
@@ -34,4 +35,5 @@ def table() -> Mapping[str, Callable[..., Any]]:
         "sample": sample,
         "filter_logits": filter_logits,
         "top_logprobs": top_logprobs,
+        **quantized.table(),
     }

@@ -23,6 +23,16 @@ OPS = frozenset(
         "sample",
         "filter_logits",
         "top_logprobs",
+        "quantize_rows",
+        "weight_only_pack",
+        "weight_only_mm",
+        "scaled_mm_pack",
+        "scaled_mm",
+        "block_scaled_pack",
+        "block_scaled_mm",
+        "w4a16_mm",
+        "quantized_experts_pack",
+        "quantized_experts_mm",
     }
 )
 """Operations that have a kernel, or a form that does not wait for the device."""
