@@ -33,7 +33,7 @@ def filter_logits(logits_SV: Tensor, params: SamplingTensors) -> Tensor:
         scanned.tiles,
         TILES=triton.next_power_of_2(scanned.tiles),
         VECTOR=scanned.vector,
-        num_warps=8,
+        num_warps=16,
     )
     out_SV = torch.empty(rows, width, dtype=torch.float32, device=device)
     logits_SV, stride, _, temperature_S = scanned.arguments[:4]

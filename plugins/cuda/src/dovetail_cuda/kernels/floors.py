@@ -76,11 +76,11 @@ def floor_among(
     """The floor, from the candidates' keys and values; the others are ``-inf``."""
     floor = ordered(lowest)
     if top_k > 0:
-        floor = tl.maximum(floor, bound(keys, tl.where(inside, 1.0, 0.0), top_k.to(tl.float32), 16, 1))
+        floor = tl.maximum(floor, bound(keys, tl.where(inside, 1.0, 0.0), top_k.to(tl.float32), 4, 1))
     if top_p < 1:
         masses = tl.exp(x - largest)
         kept = tl.where(floor <= _NOTHING_BELOW, total, tl.sum(tl.where(keys >= floor, masses, 0.0)))
-        floor = tl.maximum(floor, tl.minimum(bound(keys, masses, top_p * kept, 16, 1), ordered(largest)))
+        floor = tl.maximum(floor, tl.minimum(bound(keys, masses, top_p * kept, 4, 1), ordered(largest)))
     return floor
 
 

@@ -11,8 +11,8 @@ from dovetail.ops import reference
 from dovetail_cuda.kernels.ranking import (
     CANDIDATES,
     COARSE,
+    GROUP,
     GROUPS,
-    TILE,
     bound,
     gather,
     group_maxima,
@@ -32,6 +32,7 @@ CHUNK = 4096
 
 _CANDIDATES = tl.constexpr(CANDIDATES)
 _COARSE = tl.constexpr(COARSE)
+_GROUP = tl.constexpr(GROUP)
 _GROUPS = tl.constexpr(GROUPS)
 _CHUNK = tl.constexpr(CHUNK)
 _NONE = tl.constexpr(-0x8000000000000000)
@@ -47,7 +48,7 @@ def top_logprobs(logits_SV: Tensor, tokens_S: Tensor, k: int) -> tuple[Tensor, T
     if rows:
         if logits_SV.stride(1) != 1:
             logits_SV = logits_SV.contiguous()
-        tiles = triton.cdiv(width, TILE)
+        tiles = triton.cdiv(width, GROUP * GROUPS)
         parts = torch.empty(rows, 3, tiles, dtype=torch.float32, device=device)
         maxima, scratch = parts, ranks_ids
         if k:
@@ -84,7 +85,7 @@ def _scan_kernel(
 ) -> None:
     tile, row, tiles = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     row_ptr = logits_ptr + row * stride
-    columns = tile_columns(tile, VECTOR)
+    columns = tile_columns(tile, _GROUP, VECTOR)
     x = tl.load(row_ptr + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
     chosen = tl.load(row_ptr + tl.load(tokens_ptr + row)).to(tl.float32)
     largest = tl.max(x)

@@ -14,7 +14,6 @@ GROUP = 32
 """Elements that share a maximum; a thread of the first kernel holds them all."""
 GROUPS = 128
 """Groups of a tile."""
-TILE = GROUP * GROUPS
 CANDIDATES = 1024
 """Candidates of a row at most; rows with more are searched as a whole."""
 AT_ONCE = 64
@@ -29,11 +28,11 @@ _AT_ONCE = tl.constexpr(AT_ONCE)
 
 
 @triton.jit
-def tile_columns(tile: tl.tensor, VECTOR: tl.constexpr) -> tl.tensor:
-    """The columns of a tile, ``[GROUP / VECTOR, GROUPS, VECTOR]``; the second dimension counts groups."""
-    outer = tl.arange(0, _GROUP // VECTOR)[:, None, None] * (_GROUPS * VECTOR)
+def tile_columns(tile: tl.tensor, SIZE: tl.constexpr, VECTOR: tl.constexpr) -> tl.tensor:
+    """The columns of a tile, ``[SIZE / VECTOR, GROUPS, VECTOR]``; the second dimension counts groups of ``SIZE``."""
+    outer = tl.arange(0, SIZE // VECTOR)[:, None, None] * (_GROUPS * VECTOR)
     group = tl.arange(0, _GROUPS)[None, :, None] * VECTOR
-    return tile * (_GROUP * _GROUPS) + outer + group + tl.arange(0, VECTOR)[None, None, :]
+    return tile * (SIZE * _GROUPS) + outer + group + tl.arange(0, VECTOR)[None, None, :]
 
 
 @triton.jit
@@ -92,9 +91,13 @@ def bound(keys: tl.tensor, weights: tl.tensor, target: tl.tensor, WAYS: tl.const
     step = tl.full((), 0x100000000, tl.int64)
     while step > STEP:
         step = step // WAYS
-        tried = (found + way * step).to(tl.int32)
-        reached = tl.sum(tl.where(keys[:, None] >= tried[None, :], weights[:, None], 0.0), axis=0)
-        found += step * tl.sum(((reached >= target) & (way > 0)).to(tl.int64))
+        if WAYS == 2:
+            tried = (found + step).to(tl.int32)
+            found += step * (tl.sum(tl.where(keys >= tried, weights, 0.0)) >= target).to(tl.int64)
+        else:
+            tried = (found + way * step).to(tl.int32)
+            reached = tl.sum(tl.where(keys[:, None] >= tried[None, :], weights[:, None], 0.0), axis=0)
+            found += step * tl.sum(((reached >= target) & (way > 0)).to(tl.int64))
     return found.to(tl.int32)
 
 

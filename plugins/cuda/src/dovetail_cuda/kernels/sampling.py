@@ -52,7 +52,7 @@ def sample(logits_SV: Tensor, params: SamplingTensors) -> Tensor:
             FILTERED=filtered,
             TILES=triton.next_power_of_2(scanned.tiles),
             VECTOR=scanned.vector,
-            num_warps=8 if filtered else 1,
+            num_warps=16 if filtered else 1,
         )
     return tokens_S
 

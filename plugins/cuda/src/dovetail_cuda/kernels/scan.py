@@ -13,7 +13,10 @@ from dovetail.ops.random import Stream
 from dovetail.ops.sampling import SamplingTensors
 from dovetail_cuda.kernels.floors import is_filtered
 from dovetail_cuda.kernels.noise import gumbel, row_key
-from dovetail_cuda.kernels.ranking import CANDIDATES, GROUPS, TILE, group_maxima, ordered, packed, tile_columns
+from dovetail_cuda.kernels.ranking import CANDIDATES, GROUP, GROUPS, group_maxima, ordered, packed, tile_columns
+
+UNFILTERED_GROUP = 16
+"""Elements of a tile's group where no row has filters, which costs fewer registers."""
 
 _GROUPS = tl.constexpr(GROUPS)
 _SAMPLE = tl.constexpr(int(Stream.SAMPLE))
@@ -44,7 +47,8 @@ def scan(logits_SV: Tensor, params: SamplingTensors, *, filtered: bool, drawn: b
     if logits_SV.stride(1) != 1:
         logits_SV = logits_SV.contiguous()
     (rows, width), device = logits_SV.shape, logits_SV.device
-    tiles, vector = triton.cdiv(width, TILE), 16 // logits_SV.element_size()
+    group, vector = GROUP if filtered else UNFILTERED_GROUP, 16 // logits_SV.element_size()
+    tiles = triton.cdiv(width, group * GROUPS)
     best = sums = maxima = scratch = torch.empty(rows, tiles, dtype=torch.int64, device=device)
     if filtered:
         sums = torch.empty(rows, tiles, dtype=torch.float32, device=device)
@@ -52,7 +56,7 @@ def scan(logits_SV: Tensor, params: SamplingTensors, *, filtered: bool, drawn: b
         scratch = torch.empty(rows, 2 * CANDIDATES, dtype=torch.int64, device=device)
     arguments = (logits_SV, logits_SV.stride(0), width, *_columns(params), best, sums, maxima)
     _scan_kernel[(tiles, rows)](
-        *arguments, GREEDY=params.all_greedy, FILTERED=filtered, DRAWN=drawn, VECTOR=vector, num_warps=4
+        *arguments, GREEDY=params.all_greedy, FILTERED=filtered, DRAWN=drawn, GROUP=group, VECTOR=vector, num_warps=4
     )
     return Scanned((*arguments, scratch), tiles, vector)
 
@@ -80,11 +84,12 @@ def _scan_kernel(
     GREEDY: tl.constexpr,
     FILTERED: tl.constexpr,
     DRAWN: tl.constexpr,
+    GROUP: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     place = row * tl.num_programs(0) + tile
-    columns = tile_columns(tile, VECTOR)
+    columns = tile_columns(tile, GROUP, VECTOR)
     inside = columns < width
     x = tl.load(logits_ptr + row * stride + columns, mask=inside, other=float("-inf")).to(tl.float32)
     if not GREEDY:
