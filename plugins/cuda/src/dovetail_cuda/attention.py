@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,21 +11,33 @@ from torch import Tensor
 from dovetail.contracts.attention import AttentionBackend, AttentionSpec, Preparation, StepTensors
 from dovetail.contracts.ops import OpTable
 from dovetail.errors import ConfigError
-from dovetail_cuda.kernels.attention import paged_attention
+from dovetail_cuda.kernels.attention import FEW, SHORT_ROWS, attend, most_rows, processors, scale_and_cap, tile
 from dovetail_cuda.kernels.cache import write_kv
+from dovetail_cuda.kernels.prefixes import SharedPrefixes, attend_prefixes, grouping, shared_tokens
 from dovetail_cuda.kernels.projection import prepare_and_store
+from dovetail_cuda.kernels.prompt_support import takes_prompts
+from dovetail_cuda.kernels.prompt_tiles import prompt_tiles
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class TritonMetadata:
-    """The step's own tables of one KV group, nothing else: every program finds its request itself."""
+    """The step's own tables of one KV group. What layers derive from them, the first layer that needs it computes, in a
+    captured graph too.
+    """
 
     block_table_RB: Tensor
     query_start_R1: Tensor
     seq_lens_R: Tensor
     slot_mapping_T: Tensor
+    derived: dict[Hashable, Tensor] = field(default_factory=dict)
+
+    def once(self, key: Hashable, derive: Callable[[], Tensor]) -> Tensor:
+        """What ``derive`` returns, which runs once per step and key."""
+        if key not in self.derived:
+            self.derived[key] = derive()
+        return self.derived[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +112,84 @@ class TritonAttention(AttentionBackend):
         return self._attend(q_THK, cache, metadata, spec)
 
     def _attend(self, q_THK: Tensor, cache: TritonCache, metadata: TritonMetadata, spec: AttentionSpec) -> Tensor:
-        return paged_attention(
+        if len(q_THK) > FEW and takes_prompts(q_THK, cache.keys, spec.scale, spec.window, spec.soft_cap):
+            return self._attend_prompts(q_THK, cache, metadata, spec)
+        return self._attend_tiles(
+            q_THK, cache, metadata, spec, tokens=len(q_THK), prefixes=self._prefixes(q_THK, cache, metadata, spec)
+        )
+
+    def _attend_prompts(
+        self, q_THK: Tensor, cache: TritonCache, metadata: TritonMetadata, spec: AttentionSpec
+    ) -> Tensor:
+        """Requests of many tokens by one kernel, the others by another."""
+        from dovetail_cuda.kernels.prompts import ROWS, attend_prompts
+
+        group = spec.num_heads // spec.num_kv_heads
+        starts_R1, lengths_R, longest = metadata.query_start_R1, metadata.seq_lens_R, max(1, SHORT_ROWS // group)
+        tiles = metadata.once(
+            ("tiles", group), lambda: prompt_tiles(starts_R1, lengths_R, len(q_THK), ROWS // group, longest)
+        )
+        out_TE = attend_prompts(
+            q_THK, cache.keys, cache.values, metadata.block_table_RB, tiles, spec.scale, processors(self._device)
+        )
+        return self._attend_tiles(
+            q_THK, cache, metadata, spec, tokens=min(len(lengths_R), FEW), longest=longest, out_TE=out_TE
+        )
+
+    def _attend_tiles(
+        self,
+        q_THK: Tensor,
+        cache: TritonCache,
+        metadata: TritonMetadata,
+        spec: AttentionSpec,
+        *,
+        tokens: int,
+        prefixes: SharedPrefixes | None = None,
+        longest: int | None = None,
+        out_TE: Tensor | None = None,
+    ) -> Tensor:
+        table_RB, lengths_R = metadata.block_table_RB, metadata.seq_lens_R
+        group, context = spec.num_heads // spec.num_kv_heads, table_RB.shape[1] * self._block_size
+        requests, itemsize = len(lengths_R), q_THK.element_size()
+        return attend(
             q_THK,
             cache.keys.transpose(1, 2),
             cache.values.transpose(1, 2),
-            metadata.block_table_RB,
+            table_RB,
             metadata.query_start_R1,
-            metadata.seq_lens_R,
+            lengths_R,
             spec.scale,
             spec.window,
             spec.soft_cap,
+            tile(
+                tokens, requests, spec.num_kv_heads, group, spec.head_size, context, itemsize, processors(self._device)
+            ),
+            prefixes=prefixes,
+            longest=longest,
+            out_TE=out_TE,
+        )
+
+    def _prefixes(
+        self, q_THK: Tensor, cache: TritonCache, metadata: TritonMetadata, spec: AttentionSpec
+    ) -> SharedPrefixes | None:
+        """What comes of the keys that requests share, if the step may hold enough of them."""
+        table_RB, starts_R1, lengths_R = metadata.block_table_RB, metadata.query_start_R1, metadata.seq_lens_R
+        group, rows = spec.num_heads // spec.num_kv_heads, most_rows(spec.head_size, q_THK.element_size())
+        grouped = grouping(len(lengths_R), spec.num_kv_heads, group, rows, processors(self._device))
+        if spec.window is not None or len(q_THK) > FEW or grouped is None:
+            return None
+        tokens_R = metadata.once(
+            ("shared", grouped.requests),
+            lambda: shared_tokens(table_RB, starts_R1, lengths_R, self._block_size, grouped.requests),
+        )
+        return attend_prefixes(
+            q_THK,
+            cache.keys.transpose(1, 2),
+            cache.values.transpose(1, 2),
+            table_RB,
+            starts_R1,
+            tokens_R,
+            *scale_and_cap(spec.scale, spec.soft_cap),
+            spec.soft_cap is not None,
+            grouped,
         )

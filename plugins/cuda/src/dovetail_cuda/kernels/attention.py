@@ -1,10 +1,10 @@
-"""Paged attention over a ragged batch: any mix of prompt chunks, decodes and drafts in one launch, or two.
+"""Paged attention over a ragged batch: any mix of prompt chunks, decodes and drafts in one launch.
 
 A program computes a tile: ``QUERIES`` tokens of one request for all query heads of one key/value head, which share
 its loads. Tiles are numbered through all requests; a program finds its request by counting, so the grid depends on the
 numbers of tokens and requests alone. Keys are walked with an online softmax (Milakov and Gimelshein 2018,
 arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135). Where there are too few tiles to fill the device, the keys of each
-are split among programs, and a second kernel joins the parts (Dao et al. 2023, flash decoding).
+are split among programs, the last of which joins the parts (Dao et al. 2023, flash decoding).
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dovetail_cuda.kernels.online_softmax import join, step
+from dovetail_cuda.kernels.overlap import overlapped, release, wait
+from dovetail_cuda.kernels.prefixes import SharedPrefixes
 from dovetail_cuda.kernels.segments import segment_of
 
 MAX_SPLITS = 64
 FEW = 512
 """Steps of more tokens hold prompts, however many requests their bucket has room for."""
+SHORT_ROWS = 16
+"""Of the tiles of decodes and drafts: the fewest that matrix units take."""
 HOST_PROCESSORS = 4
 """Assumed where Triton interprets kernels on the host."""
 
@@ -61,7 +66,7 @@ def paged_attention(
     requests, kv_heads, page = len(seq_lens_R), k_cache_BPNK.shape[2], k_cache_BPNK.shape[1]
     group = heads // kv_heads
     context = block_table_RB.shape[1] * page
-    tiling = tile(tokens, requests, kv_heads, group, size, context, q_THK.element_size(), _processors(q_THK.device))
+    tiling = tile(tokens, requests, kv_heads, group, size, context, q_THK.element_size(), processors(q_THK.device))
     return attend(
         q_THK, k_cache_BPNK, v_cache_BPNK, block_table_RB, query_start_R1, seq_lens_R, scale, window, soft_cap, tiling
     )
@@ -78,31 +83,47 @@ def attend(
     window: int | None,
     soft_cap: float | None,
     tiling: Tiling,
+    *,
+    prefixes: SharedPrefixes | None = None,
+    longest: int | None = None,
+    out_TE: Tensor | None = None,
 ) -> Tensor:
-    """:func:`paged_attention`, cut in a given way."""
+    """:func:`paged_attention`, cut in a given way.
+
+    Args:
+        prefixes: keys that have been attended to; the others of their requests remain.
+        longest: leaves requests with more tokens, and padding, to others; no tile has more queries than this.
+        out_TE: where results go; new memory if None.
+    """
     tokens, heads, size = q_THK.shape
     kv_heads, requests, splits = k_cache_BPNK.shape[2], len(seq_lens_R), tiling.splits
     group, block = heads // kv_heads, max(16, triton.next_power_of_2(size))
-    out_TE = torch.empty((tokens, heads * size), dtype=q_THK.dtype, device=q_THK.device)
+    if out_TE is None:
+        out_TE = torch.empty((tokens, heads * size), dtype=q_THK.dtype, device=q_THK.device)
     if not tokens:
         return out_TE
-    parts = out_TE
-    sums = out_TE
+    queries = tiling.rows // group
+    grid = (kv_heads, tokens // queries + requests + 1 if longest is None else requests, splits)
+    parts = sums = counters = out_TE  # not read
     if splits > 1:
         parts = torch.empty((splits, tokens, heads, size), dtype=torch.float32, device=q_THK.device)
         sums = torch.empty((splits, tokens, heads), dtype=torch.float32, device=q_THK.device)
-    queries = tiling.rows // group
-    _attend_kernel[(kv_heads, tokens // queries + requests + 1, splits)](
+        counters = _counters(q_THK.device, triton.next_power_of_2(kv_heads * grid[1]))
+    _attend_kernel[grid](
         q_THK,
         k_cache_BPNK,
         v_cache_BPNK,
         block_table_RB,
         query_start_R1,
         seq_lens_R,
+        out_TE,
         parts,
         sums,
-        scale * math.log2(math.e) if soft_cap is None else scale / soft_cap,
-        0.0 if soft_cap is None else soft_cap * math.log2(math.e),
+        counters,
+        out_TE if prefixes is None else prefixes.tokens_R,
+        out_TE if prefixes is None else prefixes.parts,
+        out_TE if prefixes is None else prefixes.sums,
+        *scale_and_cap(scale, soft_cap),
         tokens,
         requests,
         *q_THK.stride(),
@@ -122,25 +143,13 @@ def attend(
         ROWS=tiling.rows,
         KEYS=tiling.keys,
         SPLITS=splits,
+        LONGEST=longest or 0,
+        PREFIX_PARTS=0 if prefixes is None else len(prefixes.parts),
         PRECISION="ieee" if q_THK.dtype == torch.float32 else "tf32",
         num_warps=tiling.warps,
         num_stages=tiling.stages,
+        **overlapped(q_THK.device),
     )
-    if splits > 1:
-        _join_kernel[(tokens, heads)](
-            parts,
-            sums,
-            query_start_R1,
-            out_TE,
-            tokens,
-            requests,
-            query_start_R1.stride(0),
-            HEADS=heads,
-            SIZE=size,
-            BLOCK=block,
-            SPLITS=splits,
-            SPLITS_BLOCK=triton.next_power_of_2(splits),
-        )
     return out_TE
 
 
@@ -152,8 +161,8 @@ def tile(
     per_request = -(-tokens // max(1, requests)) if tokens <= FEW else tokens
     block = max(16, triton.next_power_of_2(size))
     is_short = per_request <= 8  # decodes and drafts are bound by memory, prompts by arithmetic
-    most = 16 if itemsize == 4 else 128 if block <= 128 else 64
-    rows = min(max(16, triton.next_power_of_2(group * min(per_request, 128))), most)
+    rows = triton.next_power_of_2(group * min(per_request, 128))
+    rows = min(max(SHORT_ROWS, rows), most_rows(size, itemsize))
     rows = max(rows, triton.next_power_of_2(group))
     tiles = kv_heads * min(tokens, max(requests, -(-tokens // (rows // group))))  # most that have tokens, about
     widest = max(16, 32768 // (block * itemsize))
@@ -162,8 +171,27 @@ def tile(
     return Tiling(rows=rows, keys=keys, splits=splits, warps=8 if rows >= 128 else 4, stages=2)
 
 
+def most_rows(size: int, itemsize: int) -> int:
+    """Of a tile, for which there are registers."""
+    return 16 if itemsize == 4 else 128 if size <= 128 else 64
+
+
+def scale_and_cap(scale: float, soft_cap: float | None) -> tuple[float, float]:
+    """Factors of scores and of what caps them, so that weights are powers of 2."""
+    if soft_cap is None:
+        return scale * math.log2(math.e), 0.0
+    return scale / soft_cap, soft_cap * math.log2(math.e)
+
+
 @cache
-def _processors(device: torch.device) -> int:
+def _counters(device: torch.device, number: int) -> Tensor:
+    """Zeros, which every launch leaves as it found them."""
+    return torch.zeros(number, dtype=torch.int32, device=device)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """How many programs run side by side."""
     if device.type != "cuda":
         return HOST_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -178,7 +206,12 @@ def _attend_kernel(
     starts_ptr: tl.tensor,
     lengths_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    parts_ptr: tl.tensor,
     sums_ptr: tl.tensor,
+    counters_ptr: tl.tensor,
+    shared_ptr: tl.tensor,
+    prefix_parts_ptr: tl.tensor,
+    prefix_sums_ptr: tl.tensor,
     scale: tl.tensor,
     cap: tl.tensor,
     num_tokens: tl.tensor,
@@ -209,16 +242,25 @@ def _attend_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
+    LONGEST: tl.constexpr,
+    PREFIX_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    release(OVERLAP)
+    wait(OVERLAP)
     kv_head, split = tl.program_id(0), tl.program_id(2)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # a prompt's last tiles see most, so they start first
-    request = segment_of(tile, starts_ptr, starts_stride, num_requests + 1, QUERIES)
+    request = tile
+    if not LONGEST:
+        request = segment_of(tile, starts_ptr, starts_stride, num_requests + 1, QUERIES)
     start = tl.load(starts_ptr + request * starts_stride)
     is_padding = request == num_requests  # tokens after the last request's
     end = tl.load(starts_ptr + (request + 1) * starts_stride, mask=request < num_requests, other=num_tokens)
-    offset = (tile - start // QUERIES - request) * QUERIES
     count = end - start
+    offset = (tile - start // QUERIES - request) * QUERIES
+    if LONGEST:
+        offset = tl.where(count <= LONGEST, 0, count)
     if offset >= count:
         return
 
@@ -231,7 +273,7 @@ def _attend_kernel(
     places = (token * HEADS + head) * SIZE
     out_mask = row_mask[:, None] & (dims < SIZE)[None, :]
     if is_padding:
-        if SPLITS == 1:
+        if split == 0:
             zeros = tl.zeros([ROWS, BLOCK], dtype=out_ptr.dtype.element_ty)
             tl.store(out_ptr + places[:, None] + dims[None, :], zeros, mask=out_mask)
         return
@@ -240,11 +282,18 @@ def _attend_kernel(
     position = first_position + row // GROUP
     stop = first_position + tl.minimum(QUERIES, count - offset)
     first = tl.maximum(0, first_position - WINDOW + 1) if WINDOW else 0
+    if PREFIX_PARTS:
+        first = tl.load(shared_ptr + request)
     begin = first // KEYS * KEYS
+    parts = 1
     if SPLITS > 1:
-        steps = tl.cdiv(tl.cdiv(stop - begin, KEYS), SPLITS)
-        begin += split * steps * KEYS
-        stop = tl.minimum(stop, begin + steps * KEYS)
+        steps = tl.cdiv(stop - begin, KEYS)
+        steps_each = tl.cdiv(steps, SPLITS)
+        parts = tl.cdiv(steps, steps_each)
+        if split >= parts:
+            return
+        begin += split * steps_each * KEYS
+        stop = tl.minimum(stop, begin + steps_each * KEYS)
 
     q_places = token[:, None] * q_stride_t + head[:, None] * q_stride_h + dims[None, :] * q_stride_k
     q = tl.load(q_ptr + q_places, mask=out_mask, other=0.0)
@@ -254,18 +303,25 @@ def _attend_kernel(
     best = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
 
+    if PREFIX_PARTS:  # noqa: SIM102, decided when it is compiled
+        if (split == 0) & (first > 0):
+            acc, best, total = join(
+                prefix_parts_ptr, prefix_sums_ptr, token * HEADS + head, dims, row_mask, PREFIX_PARTS,
+                num_tokens.to(tl.int64) * HEADS, ROWS, SIZE, BLOCK,
+            )  # fmt: skip
+
     # Every row sees every key of the first steps, unless there is a window.
     seen_by_all = begin
     if not WINDOW:
         seen_by_all += tl.maximum(0, tl.minimum(stop, first_position + 1) - begin) // KEYS * KEYS
     for key in range(begin, seen_by_all, KEYS):
-        acc, best, total = _step(
+        acc, best, total = step(
             acc, best, total, q, k_head, v_head, table, key, position, first, stop, scale, cap, dims,
             k_stride_b, k_stride_p, k_stride_k, v_stride_b, v_stride_p, v_stride_k, table_stride_b,
             False, WINDOW, CAPPED, SIZE, BLOCK, PAGE, KEYS, PRECISION,
         )  # fmt: skip
     for key in range(seen_by_all, stop, KEYS):
-        acc, best, total = _step(
+        acc, best, total = step(
             acc, best, total, q, k_head, v_head, table, key, position, first, stop, scale, cap, dims,
             k_stride_b, k_stride_p, k_stride_k, v_stride_b, v_stride_p, v_stride_k, table_stride_b,
             True, WINDOW, CAPPED, SIZE, BLOCK, PAGE, KEYS, PRECISION,
@@ -273,114 +329,22 @@ def _attend_kernel(
 
     total = tl.where(total == 0.0, 1.0, total)  # no key of this part is visible: best is -inf
     out = acc / total[:, None]
-    if SPLITS == 1:
-        tl.store(out_ptr + places[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
-    else:
-        part = split.to(tl.int64) * num_tokens * HEADS
-        tl.store(out_ptr + (part * SIZE + places)[:, None] + dims[None, :], out, mask=out_mask)
-        tl.store(sums_ptr + part + token * HEADS + head, best + tl.log2(total), mask=row_mask)
-
-
-@triton.jit
-def _step(
-    acc: tl.tensor,
-    best: tl.tensor,
-    total: tl.tensor,
-    q: tl.tensor,
-    k_head: tl.tensor,
-    v_head: tl.tensor,
-    table: tl.tensor,
-    key: tl.tensor,
-    position: tl.tensor,
-    first: tl.tensor,
-    stop: tl.tensor,
-    scale: tl.tensor,
-    cap: tl.tensor,
-    dims: tl.tensor,
-    k_stride_b: tl.tensor,
-    k_stride_p: tl.tensor,
-    k_stride_k: tl.tensor,
-    v_stride_b: tl.tensor,
-    v_stride_p: tl.tensor,
-    v_stride_k: tl.tensor,
-    table_stride_b: tl.tensor,
-    MASKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PAGE: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """One step of the online softmax: ``KEYS`` keys from ``key`` on."""
-    keys = key + tl.arange(0, KEYS)
-    if MASKED:
-        # Others may lie in blocks that hold anything; a weight of 0 would not hide infinities and NaN.
-        exists = (keys >= first) & (keys < stop)
-        blocks = tl.load(table + keys // PAGE * table_stride_b, mask=exists, other=0).to(tl.int64)
-        v_mask = exists[:, None] & (dims < SIZE)[None, :]
-        k_mask = exists[None, :] & (dims < SIZE)[:, None]
-    else:
-        blocks = tl.load(table + keys // PAGE * table_stride_b).to(tl.int64)
-        v_mask = tl.full([KEYS, 1], True, tl.int1) & (dims < SIZE)[None, :]
-        k_mask = tl.full([1, KEYS], True, tl.int1) & (dims < SIZE)[:, None]
-    k_places = k_head + blocks * k_stride_b + keys % PAGE * k_stride_p
-    v_places = v_head + blocks * v_stride_b + keys % PAGE * v_stride_p
-    if MASKED or SIZE < BLOCK:
-        k = tl.load(k_places[None, :] + dims[:, None] * k_stride_k, mask=k_mask, other=0.0)
-        v = tl.load(v_places[:, None] + dims[None, :] * v_stride_k, mask=v_mask, other=0.0)
-    else:
-        k = tl.load(k_places[None, :] + dims[:, None] * k_stride_k)
-        v = tl.load(v_places[:, None] + dims[None, :] * v_stride_k)
-    scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
-    if CAPPED:
-        fallen = tl.exp(-2.0 * tl.abs(scores))
-        scores = tl.where(scores < 0, -cap, cap) * (1.0 - fallen) / (1.0 + fallen)  # cap × tanh
-    if MASKED:
-        visible = exists[None, :] & (keys[None, :] <= position[:, None])
-        if WINDOW:
-            visible &= keys[None, :] > position[:, None] - WINDOW
-        scores = tl.where(visible, scores, float("-inf"))
-    new_best = tl.maximum(best, tl.max(scores, axis=1))
-    # a row that has seen no key yet has nothing to scale
-    shift = tl.where(new_best == float("-inf"), 0.0, new_best)
-    weights = tl.exp2(scores - shift[:, None])
-    fade = tl.exp2(best - shift)
-    total = total * fade + tl.sum(weights, axis=1)
-    acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision=PRECISION)
-    return acc, new_best, total
-
-
-@triton.jit(do_not_specialize=["num_tokens", "num_requests"])
-def _join_kernel(
-    parts_ptr: tl.tensor,
-    sums_ptr: tl.tensor,
-    starts_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    num_tokens: tl.tensor,
-    num_requests: tl.tensor,
-    starts_stride: tl.tensor,
-    HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_BLOCK: tl.constexpr,
-) -> None:
-    """Weigh the parts of one token and head by their sums, which are kept as logarithms."""
-    place = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
-    splits, dims = tl.arange(0, SPLITS_BLOCK), tl.arange(0, BLOCK)
-    if tl.program_id(0) >= tl.load(starts_ptr + num_requests * starts_stride):  # padding, which has no parts
-        zeros = tl.zeros([BLOCK], dtype=out_ptr.dtype.element_ty)
-        tl.store(out_ptr + place * SIZE + dims, zeros, mask=dims < SIZE)
-        return
-    stride = num_tokens.to(tl.int64) * HEADS
-    sums = tl.load(sums_ptr + splits * stride + place, mask=splits < SPLITS, other=float("-inf"))
-    best = tl.max(sums, axis=0)
-    weights = tl.exp2(sums - tl.where(best == float("-inf"), 0.0, best))
-    mask = (sums != float("-inf"))[:, None] & (dims < SIZE)[None, :]
-    parts_places = (splits * stride + place)[:, None] * SIZE + dims[None, :]
-    parts = tl.load(parts_ptr + parts_places, mask=mask, other=0.0)
-    total = tl.sum(weights, axis=0)
-    out = tl.sum(parts * weights[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + place * SIZE + dims, out.to(out_ptr.dtype.element_ty), mask=dims < SIZE)
+    if SPLITS > 1:  # noqa: SIM102, decided when it is compiled
+        if parts > 1:
+            # The last program of a tile that comes here joins what all have written.
+            row_places = token * HEADS + head
+            stride = num_tokens.to(tl.int64) * HEADS
+            part_places = split * stride * SIZE + places[:, None] + dims[None, :]
+            tl.store(parts_ptr + part_places, out, mask=out_mask)
+            tl.store(sums_ptr + split * stride + row_places, best + tl.log2(total), mask=row_mask)
+            tl.debug_barrier()
+            counter = counters_ptr + tile * tl.num_programs(0) + kv_head
+            if tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1:
+                acc, best, total = join(
+                    parts_ptr, sums_ptr, row_places, dims, row_mask, parts, stride, ROWS, SIZE, BLOCK
+                )
+                out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+                tl.store(out_ptr + places[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
+                tl.store(counter, 0)  # for the next launch
+            return
+    tl.store(out_ptr + places[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)

@@ -1,0 +1,36 @@
+"""Cutting the prompts of a step into tiles of queries, the longest work first."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+COLUMNS = 6
+
+
+def prompt_tiles(query_start_R1: Tensor, seq_lens_R: Tensor, tokens: int, queries: int, longest: int) -> Tensor:
+    """int32 ``[tiles, COLUMNS]``; as many tiles as any step of these sizes can need, without waiting for the device.
+
+    A row has the first token; how many queries attend; the first one's position; the request and its length; how many
+    tokens are written. Padding after the last request is written, but nothing attends. Tiles of requests of up to
+    ``longest`` tokens, which others compute, and tiles that nothing is left for, have zeros.
+
+    Args:
+        queries: of a tile, at most.
+    """
+    requests, device = len(seq_lens_R), seq_lens_R.device
+    starts = query_start_R1.long()
+    counts = F.pad(starts, (0, 1), value=tokens).diff()
+    first_tiles = starts // queries + torch.arange(requests + 1, device=device)
+    tile = torch.arange(tokens // queries + requests + 1, device=device)
+    request = torch.searchsorted(first_tiles, tile, right=True) - 1
+    count, offset = counts[request], (tile - first_tiles[request]) * queries
+    is_real = request < requests
+    left = torch.where(is_real & (count <= longest), 0, count - offset).clamp(0, queries)
+    attending = torch.where(is_real, left, 0)
+    length = F.pad(seq_lens_R.long(), (0, 1))[request]
+    position = torch.where(attending > 0, length - count + offset, 0)
+    columns = torch.stack([starts[request] + offset, attending, position, request, length, left], 1)
+    order = (position + attending).argsort(descending=True)
+    return columns[order].int()

@@ -1,0 +1,97 @@
+"""Prompts: how they are cut, and on a Hopper GPU what the kernel computes from that."""
+
+import pytest
+import torch
+from check_attention import MIX, PADDING, expected, step
+from inputs import DEVICE, INTERPRETED, close
+
+from dovetail_cuda.kernels.attention import Tiling, attend
+from dovetail_cuda.kernels.prompt_support import takes_prompts
+from dovetail_cuda.kernels.prompt_tiles import prompt_tiles
+
+LONG = [*MIX, (300, 777), (129, 129), (256, 1000), (17, 33), (1, 2000), (1, 128), (32, 128), (6, 6)]
+needs_hopper = pytest.mark.skipif(
+    INTERPRETED or torch.cuda.get_device_capability() != (9, 0), reason="lacks a Hopper GPU"
+)
+
+
+def tables(requests):
+    starts = torch.tensor([0, *(count for count, _ in requests)]).cumsum(0).int()
+    return starts.to(DEVICE), torch.tensor([length for _, length in requests]).int().to(DEVICE)
+
+
+@pytest.mark.parametrize("queries", [4, 32])
+@pytest.mark.parametrize("longest", [0, 5])
+def test_tiles(queries, longest):
+    starts, lengths = tables(LONG)
+    tokens = int(starts[-1]) + PADDING
+    tiles = prompt_tiles(starts, lengths, tokens, queries, longest)
+    attending, written = [], []
+    for first, number, position, request, length, rows in tiles.tolist():
+        written += range(first, first + rows)
+        attending += range(first, first + number)
+        if number:
+            count, start = LONG[request][0], int(starts[request])
+            assert number == rows == min(queries, start + count - first)
+            assert length == LONG[request][1]
+            assert position == length - count + first - start
+    long = [t for r, (n, _) in enumerate(LONG) if n > longest for t in range(int(starts[r]), int(starts[r]) + n)]
+    assert sorted(attending) == long
+    assert sorted(written) == long + list(range(int(starts[-1]), tokens))
+    ends = (tiles[:, 1] + tiles[:, 2]).tolist()
+    assert ends == sorted(ends, reverse=True)
+
+
+def test_support():
+    q, cache = torch.zeros(4, 8, 128, dtype=torch.bfloat16), torch.zeros(3, 2, 16, 128, dtype=torch.bfloat16)
+    assert not takes_prompts(q, cache, 0.1)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_short_requests(splits):
+    arguments = step()
+    out = torch.full((len(arguments[0]), 256), 7.0, device=DEVICE)
+    tiling = Tiling(rows=16, keys=32, splits=splits, warps=4, stages=2)
+    attend(*arguments, 0.125, None, None, tiling, longest=5, out_TE=out)
+    is_short = torch.zeros(len(out), dtype=torch.bool)
+    starts = arguments[4].tolist()
+    for start, (count, _) in zip(starts, MIX, strict=False):
+        is_short[start : start + count] = count <= 5
+    assert is_short.any()
+    close(out[is_short], expected(arguments, 0.125)[is_short], torch.float32)
+    assert bool((out[~is_short] == 7).all())
+
+
+CASES = [
+    (torch.bfloat16, (8, 2), 128, 16),
+    (torch.float16, (4, 2), 128, 16),
+    (torch.bfloat16, (8, 1), 64, 32),
+    (torch.bfloat16, (2, 2), 128, 8),
+    (torch.float16, (8, 2), 128, 128),
+]
+
+
+@needs_hopper
+@pytest.mark.parametrize(("dtype", "heads", "size", "page"), CASES, ids=str)
+def test_prompts(dtype, heads, size, page):
+    from dovetail_cuda.kernels.prompts import ROWS, attend_prompts
+
+    q, keys, values, *tables = step(LONG, heads=heads, size=size, page=page, dtype=dtype)
+    pages = [x.transpose(1, 2).contiguous() for x in (keys, values)]
+    assert takes_prompts(q, pages[0], size**-0.5)
+    tiles = prompt_tiles(*tables[1:], len(q), ROWS // (heads[0] // heads[1]), 0)
+    out = attend_prompts(q, *pages, tables[0], tiles, size**-0.5, 132)
+    real = int(tables[1][-1])
+    close(out[:real], expected([q, keys, values, *tables], size**-0.5)[:real], dtype)
+    assert not out[real:].any()
+
+
+@needs_hopper
+def test_many_tiles():
+    from dovetail_cuda.kernels.prompts import ROWS, attend_prompts
+
+    q, keys, values, *tables = step([(300, 300)] * 9, heads=(8, 8), size=128, dtype=torch.bfloat16)
+    pages = [x.transpose(1, 2).contiguous() for x in (keys, values)]
+    tiles = prompt_tiles(*tables[1:], len(q), ROWS, 0)
+    outs = [attend_prompts(q, *pages, tables[0], tiles, 0.1, programs) for programs in (1, 7, 132)]
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
