@@ -42,6 +42,11 @@ def text(variable: str) -> str | None:
     return os.environ.get(variable)
 
 
-def compile_cache() -> str:
-    """Where compiled code is kept for the next start."""
-    return text("DOVETAIL_CACHE") or str(Path(text("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dovetail")
+def compile_cache() -> str | None:
+    """Where compiled code is kept for the next start; None if the user has no folder to keep anything in."""
+    if folder := text("DOVETAIL_CACHE"):
+        return folder
+    try:
+        return str(Path(text("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dovetail")
+    except RuntimeError:  # there is no home
+        return None

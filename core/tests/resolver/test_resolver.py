@@ -888,3 +888,30 @@ def test_of_many_choices_a_message_offers_a_few(make, registries):
     change(registries.attention, "fast", block_sizes=tuple(range(16, 513, 16)))
     text = reason(make(attention="fast", block_size=20), registries)
     assert "choose --block-size 16 or 32 or 48 or 64 or … or 512, or choose another" in text
+
+
+def test_compiled_code_is_kept_where_the_user_says_or_keeps_caches(make, registries, monkeypatch):
+    def kept(**options):
+        return resolve(make(**options), registries).compile_cache
+
+    for name in ("DOVETAIL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/anna")
+    assert kept() == "/home/anna/.cache/dovetail"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/fast")
+    assert kept() == "/fast/dovetail"
+    monkeypatch.setenv("DOVETAIL_CACHE", "/kernels")
+    assert kept() == "/kernels"
+    assert kept(compile_cache="/mine") == "/mine"
+
+
+def test_without_a_home_nothing_is_kept(make, registries, monkeypatch):
+    def no_home(path):
+        if str(path).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return path
+
+    for name in ("DOVETAIL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pathlib.Path.expanduser", no_home)
+    assert resolve(make(), registries).compile_cache is None

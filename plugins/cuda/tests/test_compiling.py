@@ -3,13 +3,13 @@
 import inspect
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from triton.runtime import _async_compile, jit
 
+from dovetail.errors import ConfigError
 from dovetail_cuda import compile_ahead, kernel_cache
 from dovetail_cuda.compile_ahead import CompiledAhead, Compilers
 from dovetail_cuda.kernel_cache import KernelCache
@@ -32,13 +32,16 @@ def test_a_workload_is_complete_from_the_next_start_on(tmp_path, compiler_folder
     assert compiler_folder().startswith(str(folder))
     assert compiler_folder().endswith("sm90")
     first.complete()
-    assert not KernelCache(tmp_path, HOPPER, "llama").is_complete  # nothing was compiled, so nothing is kept
-    Path(compiler_folder()).mkdir(parents=True)
-    first.complete()
     assert not first.is_complete
     assert KernelCache(tmp_path, HOPPER, "llama").is_complete
     assert not KernelCache(tmp_path, HOPPER, "qwen").is_complete
     assert not KernelCache(tmp_path, (10, 0), "llama").is_complete
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, compiler_folder):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--compile-cache .*file cannot be used: .* Name a folder"):
+        KernelCache(tmp_path / "file", HOPPER, "llama")
 
 
 def test_other_sources_have_other_kernels(tmp_path, compiler_folder, monkeypatch):
@@ -47,7 +50,6 @@ def test_other_sources_have_other_kernels(tmp_path, compiler_folder, monkeypatch
     monkeypatch.setattr(kernel_cache, "_SOURCES", sources)
     (sources / "norm.py").write_text("1")
     cache = KernelCache(tmp_path, HOPPER, "llama")
-    cache._mark.parent.mkdir(parents=True)
     cache.complete()
     assert KernelCache(tmp_path, HOPPER, "llama").is_complete
     (sources / "norm.py").write_text("2")

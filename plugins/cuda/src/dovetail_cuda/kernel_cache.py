@@ -8,6 +8,8 @@ from threading import Thread
 
 import torch
 
+from dovetail.errors import ConfigError
+
 _SOURCES = Path(__file__).parent
 
 
@@ -22,14 +24,21 @@ class KernelCache:
         """Make Triton use the folder.
 
         Args:
-            cache: shared with other platforms; that it cannot be written is for Triton to say.
+            cache: shared with other platforms.
             capability: of the device.
             workload: names what will run.
+
+        Raises:
+            ConfigError: the folder cannot be made.
         """
         import triton  # not a dependency: torch brings it where there is CUDA
 
         chip = "".join(map(str, capability))
         folder = cache / "cuda" / f"torch-{torch.__version__}-triton-{triton.__version__}-sm{chip}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--compile-cache {cache} cannot be used: {error}. Name a folder to write to.") from error
         triton.knobs.cache.dir = str(folder)
         self._mark = folder / f"complete-{_digest(workload)}"
         self.is_complete = self._mark.exists()
