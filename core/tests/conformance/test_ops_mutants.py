@@ -112,6 +112,11 @@ def linear_summed_in_low_precision(x: Tensor, packed: Tensor, bias: Tensor | Non
     return (total if bias is None else total + bias.bfloat16()).to(x.dtype)
 
 
+def linear_and_mul_alone(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    gate, up = F.linear(x, packed, bias).chunk(2, -1)
+    return gate * up
+
+
 def linear_of_contiguous_rows(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(packed_view(x), packed, bias)
 
@@ -319,6 +324,7 @@ MUTANTS: Mapping[Callable[..., Any], tuple[str, str]] = {
     linear_without_bias: ("linear", "ops.8"),
     linear_summed_in_low_precision: ("linear", "ops.8"),
     linear_of_contiguous_rows: ("linear", "ops.9"),
+    linear_and_mul_alone: ("linear_silu_and_mul", "ops.28"),
     quantize_downwards: ("quantize_rows", "ops.10"),
     quantize_per_tensor: ("quantize_rows", "ops.10"),
     quantize_zeros_to_nan: ("quantize_rows", "ops.11"),
@@ -346,8 +352,8 @@ MUTANTS: Mapping[Callable[..., Any], tuple[str, str]] = {
     nan_is_small: ("sample", "ops.20"),
     noise_by_row: ("sample", "ops.21"),
     filters_before_temperature: ("sample", "ops.21"),
-    drop_the_tied: ("filter_logits", "ops.26"),
-    filter_greedy_rows: ("filter_logits", "ops.26"),
+    drop_the_tied: ("filter_logits", "ops.27"),
+    filter_greedy_rows: ("filter_logits", "ops.27"),
     presence_in_the_prompt: ("penalize", "ops.25"),
     repetition_of_the_output: ("penalize", "ops.25"),
     rank_with_equals: ("top_logprobs", "ops.24"),

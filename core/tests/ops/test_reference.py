@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,6 +117,14 @@ def test_linear(dtype, bias):
     outputs = list(zip(weight.tolist(), offsets, strict=True))
     expected = [[dot(row, w) + offset for w, offset in outputs] for row in x.tolist()]
     assert_matches(reference.linear(x, reference.linear_pack(weight), bias_O), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_silu_and_mul(dtype):
+    x, weight, bias_O = rand(3, 6, dtype=dtype), rand(4, 6, dtype=dtype, seed=1), rand(4, dtype=dtype, seed=2)
+    gate_up = [[dot(row, w) + b for w, b in zip(weight.tolist(), bias_O.tolist(), strict=True)] for row in x.tolist()]
+    expected = [[g / (1 + math.exp(-g)) * u for g, u in zip(row[:2], row[2:], strict=True)] for row in gate_up]
+    assert_matches(reference.linear_silu_and_mul(x, weight, bias_O), expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
@@ -388,6 +397,19 @@ def test_top_logprobs(dtype, k):
         assert got[1] == 1 + sum(logit > row[token] for logit in row)
         assert got[2] == best
         assert got[3] == pytest.approx([row[v] - shift for v in best], rel=1e-6, abs=1e-6)
+
+
+def test_op_table_composes_of_its_own_operations():
+    x, weight = rand(2, 4), rand(6, 4, seed=1)
+
+    def doubled(x_TI, packed, bias_O=None):
+        return 2 * reference.linear(x_TI, packed, bias_O)
+
+    expected = reference.silu_and_mul(doubled(x, weight))
+    table = OpTable.resolve({"linear": doubled}, "a platform")
+    assert torch.equal(table.linear_silu_and_mul(x, weight), expected)
+    assert torch.equal(replace(OpTable(), linear=doubled).linear_silu_and_mul(x, weight), expected)
+    assert OpTable(linear_silu_and_mul=max).linear_silu_and_mul is max
 
 
 def test_op_table_takes_overrides_and_refuses_unknown_names():

@@ -38,6 +38,7 @@ class OpTable:
     embedding: Callable[..., Tensor] = reference.embedding
     linear_pack: Callable[..., PackedWeight] = reference.linear_pack
     linear: Callable[..., Tensor] = reference.linear
+    linear_silu_and_mul: Callable[..., Tensor] = reference.linear_silu_and_mul
     quantize_rows: Callable[..., tuple[Tensor, Tensor]] = reference.quantize_rows
     weight_only_pack: Callable[..., PackedWeight] = reference.weight_only_pack
     weight_only_mm: Callable[..., Tensor] = reference.weight_only_mm
@@ -57,6 +58,16 @@ class OpTable:
     sample: Callable[..., Tensor] = reference.sample
     filter_logits: Callable[..., Tensor] = reference.filter_logits
     top_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = reference.top_logprobs
+
+    def __post_init__(self) -> None:
+        """Compose what is a sequence of others of those of this table, unless it is overridden itself."""
+        given = self.linear_silu_and_mul
+        is_of_another_table = getattr(given, "__func__", None) is OpTable._linear_then_silu_and_mul
+        if given is reference.linear_silu_and_mul or is_of_another_table:
+            object.__setattr__(self, "linear_silu_and_mul", self._linear_then_silu_and_mul)
+
+    def _linear_then_silu_and_mul(self, x_TI: Tensor, packed: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
+        return self.silu_and_mul(self.linear(x_TI, packed, bias_O))
 
     @classmethod
     def names(cls) -> frozenset[str]:

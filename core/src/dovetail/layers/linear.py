@@ -76,6 +76,7 @@ class Linear(Block):
         self._dtype = context.dtype
         self._bias_O: Tensor | None = None
         self._packed: PackedLinear = None
+        self._is_plain = type(self_quant) is Unquantized
 
     def accept(self, tensors: Mapping[str, Tensor]) -> None:
         """Pack the weights; the caller frees the loaded form."""
@@ -86,6 +87,12 @@ class Linear(Block):
     def forward(self, x_TI: Tensor) -> Tensor:
         """``[T, I]`` to ``[T, O]``."""
         return self._apply_quant(x_TI, self._packed, self._bias_O, self._ops)
+
+    def silu_and_mul(self, x_TI: Tensor) -> Tensor:
+        """``ops.silu_and_mul`` of the outputs, ``[T, O / 2]``; of a plain weight in one operation."""
+        if self._is_plain:
+            return self._ops.linear_silu_and_mul(x_TI, self._packed, self._bias_O)
+        return self._ops.silu_and_mul(self.forward(x_TI))
 
 
 class MergedLinear(Linear):

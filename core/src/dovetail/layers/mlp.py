@@ -33,13 +33,19 @@ class GatedMLP(nn.Module):
         gate_up = {"gate": inner_size, "up": inner_size}
         self.gate_up_proj = MergedLinear(context, f"{name}.gate_up_proj", hidden_size, gate_up, bias=bias)
         self.down_proj = Linear(context, f"{name}.down_proj", inner_size, hidden_size, bias=bias)
-        self._gate_up = self.gate_up_proj.forward
+        self._gated = _gated(self.gate_up_proj, activation)
         self._down = self.down_proj.forward
-        self._activation = activation or context.ops.silu_and_mul
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """``[T, D]`` to ``[T, D]``."""
-        return self._down(self._activation(self._gate_up(x_TD)))
+        return self._down(self._gated(x_TD))
+
+
+def _gated(gate_up: Linear, activation: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    if activation is None:
+        return gate_up.silu_and_mul
+    forward = gate_up.forward
+    return lambda x_TD: activation(forward(x_TD))
 
 
 class RoutedMLP(nn.Module):

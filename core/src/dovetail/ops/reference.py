@@ -112,6 +112,15 @@ def linear(x_TI: Tensor, packed: Tensor, bias_O: Tensor | None = None) -> Tensor
     return F.linear(x_TI, packed, bias_O)
 
 
+def linear_silu_and_mul(x_TI: Tensor, packed: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """:func:`silu_and_mul` of :func:`linear`, whose outputs are gate, then up: ``[T, O / 2]``.
+
+    A table in which ``linear`` or ``silu_and_mul`` is overridden, and this is not, runs the two of the table. An
+    override need not round what is between them.
+    """
+    return silu_and_mul(linear(x_TI, packed, bias_O))
+
+
 class ScaledWeight(NamedTuple):
     """A quantized weight: element ``[o, i]`` is ``weight[o, i] × scale[o, i // group_size]``."""
 

@@ -11,7 +11,7 @@ from dovetail_cuda.kernels.attention import paged_attention
 from dovetail_cuda.kernels.cache import write_kv
 from dovetail_cuda.kernels.experts import moe_experts
 from dovetail_cuda.kernels.filtering import filter_logits
-from dovetail_cuda.kernels.linear import linear
+from dovetail_cuda.kernels.linear import linear, linear_silu_and_mul
 from dovetail_cuda.kernels.logprobs import top_logprobs
 from dovetail_cuda.kernels.norm import add_rms_norm, rms_norm
 from dovetail_cuda.kernels.penalties import penalize
@@ -28,6 +28,7 @@ def table() -> Mapping[str, Callable[..., Any]]:
         "silu_and_mul": silu_and_mul,
         "gelu_tanh_and_mul": gelu_tanh_and_mul,
         "linear": linear,
+        "linear_silu_and_mul": linear_silu_and_mul,
         "moe_experts": moe_experts,
         "write_kv": write_kv,
         "paged_attention": paged_attention,

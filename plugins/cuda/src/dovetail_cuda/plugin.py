@@ -16,6 +16,7 @@ OPS = frozenset(
         "silu_and_mul",
         "gelu_tanh_and_mul",
         "linear",
+        "linear_silu_and_mul",
         "moe_experts",
         "write_kv",
         "paged_attention",

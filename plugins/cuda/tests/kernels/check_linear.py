@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from inputs import DEVICE, DTYPES, INTERPRETED, close, randn
 
+from dovetail.ops import reference
 from dovetail_cuda.kernels import matvec, skinny
-from dovetail_cuda.kernels.linear import linear
+from dovetail_cuda.kernels.linear import linear, linear_silu_and_mul
 
 
 def arguments(tokens, inputs, outputs, dtype, bias=True):
@@ -52,6 +53,16 @@ def test_dozens_of_tokens_in_every_tiling(dtype):
     for rows in (32, 64):
         for block, splits in ((64, 1), (32, 3), (64, 7), (128, 5)):
             close(skinny.multiply(*case, skinny.Tiling(rows, block, splits)), expected(*case), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 1), (576, 70)])
+def test_gates(dtype, inputs, outputs):
+    for tokens, bias in ((1, True), (3, False), (7, True), (skinny.MOST + 1, True)):
+        case = arguments(tokens, inputs, 2 * outputs, dtype, bias)
+        wanted = reference.silu_and_mul(expected(*case))
+        close(linear_silu_and_mul(*case), wanted, dtype, 2)
+        close(skinny.multiply(*case, gated=True), wanted, dtype)
 
 
 def test_which_kernel_runs(monkeypatch):

@@ -207,6 +207,20 @@ class OpsSuite(Suite):
         out = ops.linear(self.place(upright).t(), packed)
         self.close(out, upright.double().t() @ weight.double(), "a transposed x", dtype=dtype, looser=ELEMENTWISE)
 
+    @covers("linear_silu_and_mul", "linear_pack")
+    @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+    @pytest.mark.parametrize(("inputs", "outputs"), [(2, 1), (48, 63), (96, 130), (768, 64)])
+    def test_linear_silu_and_mul(self, dtype: torch.dtype, inputs: int, outputs: int, bias: bool) -> None:
+        """ops.28: linear_silu_and_mul is silu_and_mul of linear, with or without rounding between them."""
+        ops, weight = self.table(dtype), 2 * randn(2 * outputs, inputs, dtype=dtype) / inputs**0.5
+        bias_O = randn(2 * outputs, dtype=dtype, seed=1) if bias else None
+        packed = ops.linear_pack(self.place(weight))
+        for tokens in TOKENS:
+            x = randn(tokens, inputs, dtype=dtype, seed=tokens)
+            gate_up = x.double() @ weight.double().t() + (0 if bias_O is None else bias_O.double())
+            out = ops.linear_silu_and_mul(self.place(x), packed, None if bias_O is None else self.place(bias_O))
+            self.close(out, reference.silu_and_mul(gate_up), f"[{tokens}, {inputs}] to {outputs} gates", dtype=dtype)
+
     @covers("quantize_rows")
     @pytest.mark.parametrize("group", GROUPS, ids="group {}".format)
     @pytest.mark.parametrize("narrow", QUANTIZED, ids=str)
@@ -494,7 +508,7 @@ class OpsSuite(Suite):
         "filters", [{}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.1}, {"top_k": 2000, "top_p": 0.5}], ids=str
     )
     def test_filter_logits(self, dtype: torch.dtype, filters: dict[str, Any]) -> None:
-        """ops.26: filter_logits divides by the temperature and drops what is below the last token kept, none tied with
+        """ops.27: filter_logits divides by the temperature and drops what is below the last token kept, none tied with
         it; greedy rows keep everything.
         """
         ops, temperatures = self.table(dtype), [0.0, 0.5, 1.0, 1.7]

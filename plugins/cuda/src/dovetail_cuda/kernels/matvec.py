@@ -52,13 +52,20 @@ def suits(tokens: int, weight_OI: Tensor) -> bool:
     return 0 < tokens <= MOST and weight_OI.stride(1) == 1 and is_aligned and weight_OI.shape[1] >= ALIGNED
 
 
-def multiply(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, tiling: Tiling | None = None) -> Tensor:
-    """``x @ weightᵀ + bias`` of a weight that suits; cut as measures best, unless a tiling is given."""
+def multiply(
+    x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, tiling: Tiling | None = None, *, gated: bool = False
+) -> Tensor:
+    """``x @ weightᵀ + bias`` of a weight that suits; cut as measures best, unless a tiling is given.
+
+    Args:
+        gated: the outputs are gate, then up; return ``silu(gate) × up``.
+    """
     x = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
-    (tokens, inputs), outputs, itemsize = x.shape, len(weight_OI), weight_OI.element_size()
-    tiling = tiling or tile(outputs, inputs, tokens, itemsize)
+    (tokens, inputs), outputs, itemsize = x.shape, len(weight_OI) // (1 + gated), weight_OI.element_size()
+    tiling = tiling or tile(len(weight_OI), inputs, tokens, itemsize)
+    rows = max(1, tiling.rows // (1 + gated))
     out_TO = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
-    _matvec_kernel[(triton.cdiv(outputs, tiling.rows),)](
+    _matvec_kernel[(triton.cdiv(outputs, rows),)](
         x,
         weight_OI,
         x if bias_O is None else bias_O.contiguous(),
@@ -69,11 +76,12 @@ def multiply(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, tiling: Til
         weight_OI.stride(0),
         INPUTS=inputs,
         TOKENS=triton.next_power_of_2(tokens),
-        ROWS=tiling.rows,
+        ROWS=rows,
         BLOCK=tiling.block,
         ACCESS=ACCESS // itemsize,
-        AHEAD=min(AHEAD, tiling.rows * inputs * itemsize) // ACCESS * ACCESS,
+        AHEAD=min(AHEAD // (1 + gated), rows * inputs * itemsize) // ACCESS * ACCESS,
         BIAS=bias_O is not None,
+        GATED=gated,
         num_warps=tiling.warps,
         **overlapped(x.device),
     )
@@ -111,32 +119,52 @@ def _matvec_kernel(
     ACCESS: tl.constexpr,
     AHEAD: tl.constexpr,
     BIAS: tl.constexpr,
+    GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
     release(OVERLAP)
     first = tl.program_id(0) * ROWS
-    start = weight_ptr + first.to(tl.int64) * weight_stride_o
-    prefetch(start, tl.where(first + ROWS <= outputs, AHEAD, 0), OVERLAP)
+    up_ptr = weight_ptr + outputs.to(tl.int64) * weight_stride_o
+    start, ahead = first.to(tl.int64) * weight_stride_o, tl.where(first + ROWS <= outputs, AHEAD, 0)
+    prefetch(weight_ptr + start, ahead, OVERLAP)
+    if GATED:
+        prefetch(up_ptr + start, ahead, OVERLAP)
     rows = first + tl.arange(0, ROWS)
     sources = tl.minimum(rows, outputs - 1).to(tl.int64)
     token, columns = tl.arange(0, TOKENS), tl.arange(0, BLOCK)[None, None, :]
     exists = token < tokens
     x_places = x_ptr + token[None, :, None] * x_stride_t + columns
-    weight_places = weight_ptr + sources[:, None, None] * weight_stride_o + columns
+    places = sources[:, None, None] * weight_stride_o + columns
     wait(OVERLAP)
-    acc = tl.zeros([ROWS, TOKENS, BLOCK // ACCESS], dtype=tl.float32)
+    out = tl.zeros([ROWS, TOKENS, BLOCK // ACCESS], dtype=tl.float32)
+    up = out
     for at in tl.static_range(0, INPUTS, BLOCK):
-        if at + BLOCK <= INPUTS:
-            weight = tl.load(weight_places + at, eviction_policy="evict_first")
-            x = tl.load(x_places + at, mask=exists[None, :, None], other=0.0)
-        else:
-            inside = at + columns < INPUTS
-            weight = tl.load(weight_places + at, mask=inside, other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_places + at, mask=inside & exists[None, :, None], other=0.0)
-        products = weight.to(tl.float32) * x.to(tl.float32)
-        acc += tl.sum(tl.reshape(products, [ROWS, TOKENS, BLOCK // ACCESS, ACCESS]), axis=3)
-    out = tl.sum(acc, axis=2)
+        inside = at + columns < INPUTS
+        x = tl.load(x_places + at, mask=inside & exists[None, :, None], other=0.0).to(tl.float32)
+        out += _products(weight_ptr + places + at, inside, x, at + BLOCK > INPUTS, ACCESS)
+        if GATED:
+            up += _products(up_ptr + places + at, inside, x, at + BLOCK > INPUTS, ACCESS)
+    out = tl.sum(out, axis=2)
     if BIAS:
         out += tl.load(bias_ptr + sources).to(tl.float32)[:, None]
-    places = out_ptr + token[None, :] * outputs + rows[:, None]
-    tl.store(places, out.to(out_ptr.dtype.element_ty), mask=(rows < outputs)[:, None] & exists[None, :])
+    if GATED:
+        up = tl.sum(up, axis=2)
+        if BIAS:
+            up += tl.load(bias_ptr + outputs + sources).to(tl.float32)[:, None]
+        out = out / (1.0 + tl.exp(-out)) * up
+    out_places = out_ptr + token[None, :] * outputs + rows[:, None]
+    tl.store(out_places, out.to(out_ptr.dtype.element_ty), mask=(rows < outputs)[:, None] & exists[None, :])
+
+
+@triton.jit
+def _products(
+    places: tl.tensor, inside: tl.tensor, x: tl.tensor, MASKED: tl.constexpr, ACCESS: tl.constexpr
+) -> tl.tensor:
+    """Weights times inputs, summed over each access: ``[ROWS, TOKENS, BLOCK // ACCESS]``."""
+    if MASKED:
+        weight = tl.load(places, mask=inside, other=0.0, eviction_policy="evict_first")
+    else:
+        weight = tl.load(places, eviction_policy="evict_first")
+    products = weight.to(tl.float32) * x
+    shape: tl.constexpr = [products.shape[0], products.shape[1], products.shape[2] // ACCESS, ACCESS]
+    return tl.sum(tl.reshape(products, shape), axis=3)

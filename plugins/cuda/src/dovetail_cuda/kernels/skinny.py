@@ -6,7 +6,7 @@ once, the inputs of each are split among programs, and a second kernel joins the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -59,18 +59,27 @@ def suits(tokens: int, weight_OI: Tensor) -> bool:
     return 0 < tokens <= MOST and is_short and is_aligned
 
 
-def multiply(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, tiling: Tiling | None = None) -> Tensor:
-    """``x @ weightᵀ + bias`` of a weight that suits; cut as measures best, unless a tiling is given."""
+def multiply(
+    x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, tiling: Tiling | None = None, *, gated: bool = False
+) -> Tensor:
+    """``x @ weightᵀ + bias`` of a weight that suits; cut as measures best, unless a tiling is given.
+
+    Args:
+        gated: the outputs are gate, then up; return ``silu(gate) × up``. A tile has rows of both, and its inputs are
+            not split.
+    """
     x = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
-    (tokens, inputs), outputs = x.shape, len(weight_OI)
-    tiling = tiling or tile(outputs, inputs)
+    (tokens, inputs), outputs = x.shape, len(weight_OI) // (1 + gated)
+    tiling = tiling or tile(len(weight_OI), inputs)
+    if gated:
+        tiling = replace(tiling, splits=1)
     overlap = overlapped(x.device)
     out_TO = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
     parts = out_TO
     if tiling.splits > 1:
         parts = torch.empty((tiling.splits, tokens, outputs), dtype=torch.float32, device=x.device)
     bias = x if bias_O is None else bias_O.contiguous()
-    _skinny_kernel[(triton.cdiv(outputs, tiling.rows), tiling.splits)](
+    _skinny_kernel[(triton.cdiv(outputs, tiling.rows // (1 + gated)), tiling.splits)](
         x,
         weight_OI,
         bias,
@@ -86,6 +95,7 @@ def multiply(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, tiling: Til
         BLOCK=tiling.block,
         AHEAD=AHEAD,
         BIAS=bias_O is not None and tiling.splits == 1,
+        GATED=gated,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
         **overlap,
@@ -129,16 +139,20 @@ def _skinny_kernel(
     BLOCK: tl.constexpr,
     AHEAD: tl.constexpr,
     BIAS: tl.constexpr,
+    GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
     release(OVERLAP)
     split = tl.program_id(1)
     begin = split * steps * BLOCK  # a multiple of the step that the compiler sees: loads are whole accesses
     end = tl.minimum(begin + steps * BLOCK, inputs)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    sources = weight_ptr + tl.minimum(rows, outputs - 1).to(tl.int64) * weight_stride_o
+    WIDTH: tl.constexpr = ROWS // 2 if GATED else ROWS
+    lanes, first = tl.arange(0, ROWS), tl.program_id(0) * WIDTH
+    exists_row = first + lanes % WIDTH < outputs
+    numbers = tl.minimum(first + lanes % WIDTH, outputs - 1) + lanes // WIDTH * outputs
+    sources = weight_ptr + numbers.to(tl.int64) * weight_stride_o
     ahead = tl.minimum(AHEAD, (end - begin) * weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    prefetch_each(sources + begin, tl.where(rows < outputs, ahead, 0), OVERLAP)
+    prefetch_each(sources + begin, tl.where(exists_row, ahead, 0), OVERLAP)
     token, k = tl.arange(0, TOKENS), tl.arange(0, BLOCK)
     exists = token < tokens
     x_places = x_ptr + token[None, :] * x_stride_t + k[:, None]
@@ -150,7 +164,11 @@ def _skinny_kernel(
         x = tl.load(x_places + at, mask=exists[None, :], other=0.0)
         acc = tl.dot(weight, x, acc, input_precision="ieee")
     if BIAS:
-        acc += tl.load(bias_ptr + rows, mask=rows < outputs, other=0.0).to(tl.float32)[:, None]
+        acc += tl.load(bias_ptr + numbers).to(tl.float32)[:, None]
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [2, WIDTH, TOKENS]), [1, 2, 0]))
+        acc = gate / (1.0 + tl.exp(-gate)) * up
+    rows = first + tl.arange(0, WIDTH)
     places = out_ptr + (split * tokens + token)[None, :].to(tl.int64) * outputs + rows[:, None]
     tl.store(places, acc.to(out_ptr.dtype.element_ty), mask=(rows < outputs)[:, None] & exists[None, :])
 
