@@ -61,7 +61,18 @@ class StepAttention(Protocol):
 
 
 class ProjectedAttention(StepAttention, Protocol):
-    """The form that the core passes: it also takes projections that are still to be prepared."""
+    """The form that the core passes: it also takes projections that are still to be prepared.
+
+    Attributes:
+        rows_S: of the form that :meth:`last` gives, the only rows that matter from this layer's attention on, int64
+            ``[S]`` with S < T; otherwise None: all do.
+    """
+
+    rows_S: Tensor | None
+
+    def last(self) -> ProjectedAttention:
+        """The form for a model's last layer, after which most hidden states of a prompt are not read."""
+        ...
 
     def projected(self, layer: int, qkv_TE: Tensor, positions_T: Tensor, preparation: Preparation) -> Tensor:
         """Prepare, store, attend, and return ``[T, H × K]``; the content of ``qkv`` is unspecified afterwards."""
@@ -135,7 +146,8 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, token_ids_T: Tensor, positions_T: Tensor, attend: StepAttention) -> Tensor:
-        """Hidden states ``[T, D]`` after the final norm.
+        """Hidden states ``[T, D]`` after the final norm; or the wanted rows alone, ``[S, D]``, if ``attend`` has a form
+        for the last layer (:meth:`ProjectedAttention.last`) that names them, and the model makes use of it.
 
         Phase: step. Order: 1. Times: once. May raise: nothing.
         """

@@ -10,6 +10,12 @@ from dovetail.layers.linear import Linear, MergedLinear
 from dovetail.layers.norm import RMSNorm
 
 
+def wanted(x_TD: Tensor, attend: StepAttention) -> Tensor:
+    """The rows that matter: all of them, but in a model's last layer."""
+    rows_S: Tensor | None = getattr(attend, "rows_S", None)  # a plain function has none
+    return x_TD if rows_S is None else x_TD[rows_S]
+
+
 class SelfAttention(nn.Module):
     """Projections, optional norms of queries and keys, rotary positions, attention, output projection.
 
@@ -57,13 +63,13 @@ class SelfAttention(nn.Module):
         self._output = self.o_proj.forward
 
     def forward(self, x_TD: Tensor, positions_T: Tensor, attend: StepAttention) -> Tensor:
-        """``[T, D]`` to ``[T, D]``."""
+        """``[T, D]`` to ``[T, D]``, or to ``[S, D]`` where only ``attend.rows_S`` matter."""
         preparation = self._preparation or self._prepare()
         qkv_TE = self._qkv(x_TD)
         projected = getattr(attend, "projected", None)  # a plain function has none
         if projected is None:
             return self._output(attend(self._layer, *preparation.heads(qkv_TE, positions_T, self._spec)))
-        return self._output(projected(self._layer, qkv_TE, positions_T, preparation))
+        return self._output(wanted(projected(self._layer, qkv_TE, positions_T, preparation), attend))
 
     def _prepare(self) -> Preparation:
         """Made in the first step, when the weights are there."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dovetail.contracts.model import ModelContext, StepAttention
+from dovetail.layers.attention import wanted
 from dovetail.layers.embedding import Embedding
 from dovetail.layers.norm import RMSNorm
 
@@ -19,7 +20,12 @@ class DecoderLayer(nn.Module):
         attention: called with ``(x_TD, positions_T, attend)``.
         mlp: called with ``(x_TD,)``.
         hidden_size, norm_eps: of the norms.
+
+    Attributes:
+        narrows: as a model's last layer, it goes on with the rows that matter alone.
     """
+
+    narrows = True
 
     def __init__(
         self, context: ModelContext, attention: nn.Module, mlp: nn.Module, *, hidden_size: int, norm_eps: float
@@ -37,7 +43,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Take the output of the layer before and the stream without it; return the same for the layer after."""
         x_TD, residual_TD = self._attention_norm(x_TD, residual_TD)
-        x_TD, residual_TD = self._mlp_norm(self._attention(x_TD, positions_T, attend), residual_TD)
+        x_TD, residual_TD = self._mlp_norm(self._attention(x_TD, positions_T, attend), wanted(residual_TD, attend))
         return self._mlp(x_TD), residual_TD
 
 
@@ -47,7 +53,12 @@ class SandwichLayer(nn.Module):
     Args:
         context, attention, mlp, hidden_size, norm_eps: as of :class:`DecoderLayer`.
         norm_offset: of the norms.
+
+    Attributes:
+        narrows: as of :class:`DecoderLayer`.
     """
+
+    narrows = True
 
     def __init__(
         self,
@@ -76,7 +87,7 @@ class SandwichLayer(nn.Module):
         """Take the output of the layer before and the stream without it; return the same for the layer after."""
         x_TD, residual_TD = self._before_attention(x_TD, residual_TD)
         x_TD = self._after_attention(self._attention(x_TD, positions_T, attend))
-        x_TD, residual_TD = self._before_mlp(x_TD, residual_TD)
+        x_TD, residual_TD = self._before_mlp(x_TD, wanted(residual_TD, attend))
         return self._after_mlp(self._mlp(x_TD)), residual_TD
 
 
@@ -107,10 +118,13 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(context, hidden_size, norm_eps, offset=norm_offset)
         self._embed, self._norm = self.embed_tokens.forward, self.norm.add
         self._layers = [layer.forward for layer in layers]
+        self._narrows = getattr(layers[-1], "narrows", False)
 
     def forward(self, token_ids_T: Tensor, positions_T: Tensor, attend: StepAttention) -> Tensor:
-        """Hidden states ``[T, D]`` after the final norm."""
+        """Hidden states after the final norm: ``[T, D]``, or ``[S, D]`` where only so many rows matter."""
         x_TD, residual_TD = self._embed(token_ids_T), None
-        for layer in self._layers:
+        for layer in self._layers[:-1]:
             x_TD, residual_TD = layer(x_TD, residual_TD, positions_T, attend)
+        last = getattr(attend, "last", None) if self._narrows else None  # a plain function has none
+        x_TD, residual_TD = self._layers[-1](x_TD, residual_TD, positions_T, attend if last is None else last())
         return self._norm(x_TD, residual_TD)[0]

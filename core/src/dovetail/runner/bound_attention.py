@@ -16,9 +16,19 @@ class BoundAttention:
         caches, specs: one per layer.
         metadata: of this step, one per KV group.
         group_of: the KV group of each layer.
+        wanted_S: the rows whose hidden states are read after the last layer; None: all of them.
     """
 
-    __slots__ = ("_caches", "_forward", "_forward_projected", "_group_of", "_metadata", "_specs")
+    __slots__ = (
+        "_arguments",
+        "_caches",
+        "_forward",
+        "_forward_projected",
+        "_group_of",
+        "_metadata",
+        "_specs",
+        "rows_S",
+    )
 
     def __init__(
         self,
@@ -27,9 +37,19 @@ class BoundAttention:
         metadata: Sequence[Metadata],
         specs: Sequence[AttentionSpec],
         group_of: Mapping[int, int],
+        wanted_S: Tensor | None = None,
     ) -> None:
+        self.rows_S: Tensor | None = None
+        self._arguments = (backend, caches, metadata, specs, group_of), wanted_S
         self._forward, self._forward_projected = backend.forward, backend.forward_projected
         self._caches, self._metadata, self._specs, self._group_of = caches, metadata, specs, group_of
+
+    def last(self) -> BoundAttention:
+        """With the rows that are wanted."""
+        arguments, wanted_S = self._arguments
+        form = BoundAttention(*arguments)
+        form.rows_S = wanted_S
+        return form
 
     def __call__(self, layer: int, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
         """Store and attend."""

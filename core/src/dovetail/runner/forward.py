@@ -49,18 +49,23 @@ class ForwardPass:
         self._num_groups = len(groups)
         self._shapes = shapes
         self._logits_per_request = logits_per_request
-        self._steps: dict[Bucket, StepFunction] = {}
+        self._steps: dict[tuple[Bucket, bool], StepFunction] = {}
 
-    def run(self, plan: StepPlan) -> tuple[StepRows, Tensor, Tensor]:
+    def run(self, plan: StepPlan, *, whole: bool = False) -> tuple[StepRows, Tensor, Tensor]:
         """Run one step whose diffs the tables have.
 
+        Args:
+            whole: every token's hidden states are wanted; else the last layer may leave most of a prompt out. The
+                two are compiled apart, this one when it is first met.
+
         Returns:
-            The step's index arithmetic, hidden states ``[T, D]`` with padding, and logits ``[S, V]`` without.
+            The step's index arithmetic, hidden states ``[T, D]`` with padding if they are wanted, and logits
+            ``[S, V]`` without.
         """
         rows = StepRows.of(plan)
         bucket = self.bucket(len(rows.positions_T), len(rows.slots_R))
         step = self.tables.step_tensors(rows, bucket, self._num_logits(bucket) if self._shapes.static else None)
-        hidden_TD, logits_SV = self._compiled(bucket)(step, self._metadata(step))
+        hidden_TD, logits_SV = self._compiled(bucket, whole)(step, self._metadata(step))
         return rows, hidden_TD, logits_SV[: len(rows.logits_rows_S)]
 
     def close(self) -> None:
@@ -75,7 +80,7 @@ class ForwardPass:
     def warm_up(self, bucket: Bucket) -> Tensor:
         """Compile and run one bucket on padding alone; returns its logits, ``[S, V]``."""
         step = self.tables.padding_step(bucket, self._num_logits(bucket))
-        _, logits_SV = self._compiled(bucket)(step, self._metadata(step))
+        _, logits_SV = self._compiled(bucket, whole=False)(step, self._metadata(step))
         return logits_SV
 
     def _num_logits(self, bucket: Bucket) -> int:
@@ -84,13 +89,25 @@ class ForwardPass:
     def _metadata(self, step: StepTensors) -> list[Metadata]:
         return [self._backend.build_metadata(step, group) for group in range(self._num_groups)]
 
-    def _compiled(self, bucket: Bucket) -> StepFunction:
-        step = self._steps.get(bucket)
+    def _compiled(self, bucket: Bucket, whole: bool) -> StepFunction:
+        step = self._steps.get((bucket, whole))
         if step is None:
-            step = self._steps[bucket] = self._platform.compile(self._forward, bucket)
+            run = self._whole if whole else self._forward
+            step = self._steps[bucket, whole] = self._platform.compile(run, bucket)
         return step
 
     def _forward(self, step: StepTensors, metadata: Sequence[Metadata]) -> tuple[Tensor, Tensor]:
-        attend = BoundAttention(self._backend, self._caches, metadata, self._specs, self._group_of)
-        hidden_TD = self.model.forward(step.token_ids_T, step.positions_T, attend)
+        rows_S = step.logits_rows_S
+        if len(rows_S) >= len(step.token_ids_T):
+            return self._whole(step, metadata)
+        hidden_TD = self._hidden(step, metadata, rows_S)
+        # A model that has no use for the hint returns every row.
+        return hidden_TD, self.model.logits(hidden_TD if len(hidden_TD) == len(rows_S) else hidden_TD[rows_S])
+
+    def _whole(self, step: StepTensors, metadata: Sequence[Metadata]) -> tuple[Tensor, Tensor]:
+        hidden_TD = self._hidden(step, metadata, None)
         return hidden_TD, self.model.logits(hidden_TD[step.logits_rows_S])
+
+    def _hidden(self, step: StepTensors, metadata: Sequence[Metadata], wanted_S: Tensor | None) -> Tensor:
+        attend = BoundAttention(self._backend, self._caches, metadata, self._specs, self._group_of, wanted_S)
+        return self.model.forward(step.token_ids_T, step.positions_T, attend)

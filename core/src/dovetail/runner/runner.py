@@ -42,7 +42,7 @@ class ModelRunner:
         A speculator must know what was sampled before it proposes, so with one the step is complete on return.
         """
         self._apply(plan)
-        rows, hidden_TD, logits_SV = self._forward.run(plan)
+        rows, hidden_TD, logits_SV = self._forward.run(plan, whole=self._scores_prompt(plan))
         scores = self._score_prompts(plan, rows, hidden_TD)
         draft_probs = None if self._proposer is None else self._proposer.draft_probs
         sampling = self._sampler.step(plan, logits_SV, draft_probs)
@@ -76,10 +76,17 @@ class ModelRunner:
         if slots:
             self._tables.append(slots, [ids for ids in token_ids if ids])
 
+    def _scores_prompt(self, plan: StepPlan) -> bool:
+        """Whether the step computes a prompt whose log-probabilities are wanted."""
+        if not self._prompt_logprobs:
+            return False
+        places = zip(plan.slots, plan.num_computed, strict=True)
+        return any(computed < self._prompt_logprobs.get(slot, 0) - 1 for slot, computed in places)
+
     def _score_prompts(self, plan: StepPlan, rows: StepRows, hidden_TD: Tensor) -> _PromptScores:
         """Log-probabilities of the prompt tokens that this chunk predicts, by column."""
         scores: _PromptScores = {}
-        if not self._prompt_logprobs:
+        if not self._scores_prompt(plan):
             return scores
         for i, slot in enumerate(plan.slots):
             prompt_len = self._prompt_logprobs.get(slot, 0)
