@@ -9,7 +9,7 @@ import torch
 
 def ceilings() -> tuple[float, float]:
     """Bytes per second that a sum reads, and operations per second of a large bf16 product."""
-    values = torch.empty(1 << 28, dtype=torch.int64, device="cuda").random_()
+    values = torch.empty(1 << 27, dtype=torch.int64, device="cuda").random_()
     read = values.nbytes / seconds_of(values.sum)
     del values
     size = 8192
