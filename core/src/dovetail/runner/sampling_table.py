@@ -31,8 +31,9 @@ class SamplingTable:
         self._vocab_size = vocab_size
         self._upload = platform.upload
         device = platform.device
-        self._floats = torch.zeros(max_num_seqs, 3, dtype=torch.float32, device=device)
-        self._integers = torch.zeros(max_num_seqs, 2, dtype=torch.int64, device=device)
+        # A row per parameter, so that what a step gathers of each lies together.
+        self._floats = torch.zeros(3, max_num_seqs, dtype=torch.float32, device=device)
+        self._integers = torch.zeros(2, max_num_seqs, dtype=torch.int64, device=device)
         self._greedy = np.ones(max_num_seqs, dtype=bool)
         self._filtered = np.zeros(max_num_seqs, dtype=bool)
 
@@ -47,9 +48,9 @@ class SamplingTable:
             integers.append([row.slot, top_k, signed64(row.seed)])
             self._greedy[row.slot] = greedy
             self._filtered[row.slot] = not greedy and (top_k > 0 or params.top_p < 1 or params.min_p > 0)
-        integers_R3 = self._upload(torch.tensor(integers))
-        self._floats[integers_R3[:, 0]] = self._upload(torch.tensor(floats))
-        self._integers[integers_R3[:, 0]] = integers_R3[:, 1:]
+        slots_R, *integers_R = self._upload(torch.tensor(integers).t().contiguous())
+        self._floats[:, slots_R] = self._upload(torch.tensor(floats).t().contiguous())
+        self._integers[:, slots_R] = torch.stack(integers_R)
 
     def is_greedy(self, slot: int) -> bool:
         """Whether the slot's request takes the most likely token."""
@@ -73,4 +74,4 @@ class SamplingTable:
 
     @staticmethod
     def _columns(table: Tensor, slots_S: Tensor) -> tuple[Tensor, ...]:
-        return table[slots_S].unbind(1)
+        return table[:, slots_S].unbind(0)
