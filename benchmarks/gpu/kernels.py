@@ -12,8 +12,8 @@ from triton.testing import do_bench
 
 from dovetail.contracts.attention import AttentionSpec, Preparation
 from dovetail.contracts.ops import OpTable
+from dovetail_cuda.attention import TritonAttention, TritonCache, TritonMetadata
 from dovetail_cuda.kernels.activation import silu_and_mul
-from dovetail_cuda.kernels.attention import paged_attention
 from dovetail_cuda.kernels.experts import moe_experts
 from dovetail_cuda.kernels.linear import linear
 from dovetail_cuda.kernels.norm import add_rms_norm
@@ -57,15 +57,19 @@ def copies(size):
     return range(max(1, min(16, -(-APART // size))))
 
 
-def attention(requests, length, queries):
+def attention(requests, length, queries, shared=0):
     pages = -(-length // PAGE)
     table = (1 + torch.randperm(requests * pages, device=DEVICE)).int().view(requests, pages)
+    table[:, : shared // PAGE] = table[0, : shared // PAGE].clone()
     starts = torch.arange(requests + 1, device=DEVICE, dtype=torch.int32) * queries
     lengths = torch.full((requests,), length, device=DEVICE, dtype=torch.int32)
     q = randn(requests * queries, HEADS, HEAD_SIZE)
-    size = 4 * requests * length * KV_HEADS * HEAD_SIZE
-    caches = [randn(2, requests * pages + 1, KV_HEADS, PAGE, HEAD_SIZE).transpose(2, 3) for _ in copies(size)]
-    calls = [lambda c=c: paged_attention(q, *c, table, starts, lengths, HEAD_SIZE**-0.5) for c in caches]
+    size = 4 * (shared + requests * (length - shared)) * KV_HEADS * HEAD_SIZE
+    caches = [TritonCache(*randn(2, requests * pages + 1, KV_HEADS, PAGE, HEAD_SIZE)) for _ in copies(size)]
+    backend = TritonAttention(ops=OpTable(), device=q.device, dtype=DTYPE, kv_dtype=DTYPE, block_size=PAGE)
+    spec = AttentionSpec(num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, scale=HEAD_SIZE**-0.5)
+    metadata = TritonMetadata(table, starts, lengths, slot_mapping_T=None)
+    calls = [lambda c=c: backend.attend(q, c, metadata, spec) for c in caches]
     dense = [randn(2, requests, KV_HEADS, length, HEAD_SIZE) for _ in caches]
     q_RHTK = q.view(requests, queries, HEADS, HEAD_SIZE).transpose(1, 2)
     causal = queries == length
@@ -73,7 +77,7 @@ def attention(requests, length, queries):
         lambda kv=kv: F.scaled_dot_product_attention(q_RHTK, *kv, enable_gqa=True, is_causal=causal) for kv in dense
     ]
     visible = sum(length - queries + i + 1 for i in range(queries))
-    comparable = causal or queries == 1
+    comparable = causal or (queries == 1 and not shared)
     return size + 4 * q.numel(), 4 * HEADS * HEAD_SIZE * requests * visible, calls, peer if comparable else None
 
 
@@ -133,11 +137,14 @@ CASES = {
     "attention, decode 64 × 640": lambda: attention(64, 640, 1),
     "attention, decode 1 × 384": lambda: attention(1, 384, 1),
     "attention, decode 256 × 1088": lambda: attention(256, 1088, 1),
+    "attention, decode 256 × 1088, 1024 shared": lambda: attention(256, 1088, 1, shared=1024),
     "attention, decode 8 × 4096": lambda: attention(8, 4096, 1),
     "attention, decode 1 × 32768": lambda: attention(1, 32768, 1),
     "attention, 3 drafts 64 × 640": lambda: attention(64, 640, 4),
     "attention, prefill 1 × 2048": lambda: attention(1, 2048, 2048),
     "attention, prefill 4 × 2048": lambda: attention(4, 2048, 2048),
+    "attention, prefill 16 × 512": lambda: attention(16, 512, 512),
+    "attention, prefill 64 × 64 after 1024 shared": lambda: attention(64, 1088, 64, shared=1024),
     "experts, 1 token": lambda: experts(1),
     "experts, 64 tokens": lambda: experts(64),
     "experts, 512 tokens": lambda: experts(512),

@@ -34,6 +34,18 @@ def test_interpreted(module):
     assert result.returncode == 0, result.stdout
 
 
+def test_prompts_compile_for_hopper():
+    result = subprocess.run(
+        [sys.executable, str(KERNELS / "compile_prompts.py")],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert result.returncode == 0, result.stdout
+    assert "compiled" in result.stdout
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="lacks a GPU")
 @pytest.mark.parametrize("module", MODULES)
 def test_compiled(module):

@@ -49,7 +49,7 @@ class TritonCache:
 
 
 class TritonAttention(AttentionBackend):
-    """Launches two kernels, or three where keys are split; none of them depends on values on the host."""
+    """Which kernels a step launches follows from its size; nothing depends on values on the host."""
 
     def __init__(
         self, *, ops: OpTable, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, block_size: int
@@ -94,7 +94,7 @@ class TritonAttention(AttentionBackend):
         """Store, then attend."""
         k_cache_BPNK, v_cache_BPNK = cache.keys.transpose(1, 2), cache.values.transpose(1, 2)
         write_kv(k_TNK, v_TNK, k_cache_BPNK, v_cache_BPNK, metadata.slot_mapping_T)
-        return self._attend(q_THK, cache, metadata, spec)
+        return self.attend(q_THK, cache, metadata, spec)
 
     def forward_projected(
         self,
@@ -109,9 +109,10 @@ class TritonAttention(AttentionBackend):
         k_cache_BPNK, v_cache_BPNK = cache.keys.transpose(1, 2), cache.values.transpose(1, 2)
         slots_T = metadata.slot_mapping_T
         q_THK = prepare_and_store(qkv_TE, positions_T, preparation, spec, k_cache_BPNK, v_cache_BPNK, slots_T)
-        return self._attend(q_THK, cache, metadata, spec)
+        return self.attend(q_THK, cache, metadata, spec)
 
-    def _attend(self, q_THK: Tensor, cache: TritonCache, metadata: TritonMetadata, spec: AttentionSpec) -> Tensor:
+    def attend(self, q_THK: Tensor, cache: TritonCache, metadata: TritonMetadata, spec: AttentionSpec) -> Tensor:
+        """Attend to what is stored, by the kernels that suit the step's size."""
         if len(q_THK) > FEW and takes_prompts(q_THK, cache.keys, spec.scale, spec.window, spec.soft_cap):
             return self._attend_prompts(q_THK, cache, metadata, spec)
         return self._attend_tiles(
