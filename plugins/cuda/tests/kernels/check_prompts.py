@@ -7,7 +7,7 @@ from inputs import DEVICE, INTERPRETED, close
 
 from dovetail_cuda.kernels.attention import Tiling, attend
 from dovetail_cuda.kernels.prompt_support import takes_prompts
-from dovetail_cuda.kernels.prompt_tiles import prompt_tiles
+from dovetail_cuda.kernels.prompt_tiles import KEYS, prompt_tiles
 
 LONG = [*MIX, (300, 777), (129, 129), (256, 1000), (17, 33), (1, 2000), (1, 128), (32, 128), (6, 6)]
 needs_hopper = pytest.mark.skipif(
@@ -38,8 +38,8 @@ def test_tiles(queries, longest):
     long = [t for r, (n, _) in enumerate(LONG) if n > longest for t in range(int(starts[r]), int(starts[r]) + n)]
     assert sorted(attending) == long
     assert sorted(written) == long + list(range(int(starts[-1]), tokens))
-    ends = (tiles[:, 1] + tiles[:, 2]).tolist()
-    assert ends == sorted(ends, reverse=True)
+    steps = [-(-(row[1] + row[2]) // KEYS) for row in tiles.tolist()]
+    assert steps == sorted(steps, reverse=True)
 
 
 def test_support():

@@ -1,4 +1,4 @@
-"""Cutting the prompts of a step into tiles of queries, the longest work first."""
+"""Cutting the prompts of a step into tiles of queries: the longest work first, and together what reads the same keys."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 COLUMNS = 6
+KEYS = 128
+"""Tiles are as long as others if they differ by less."""
 
 
 def prompt_tiles(query_start_R1: Tensor, seq_lens_R: Tensor, tokens: int, queries: int, longest: int) -> Tensor:
@@ -32,5 +34,5 @@ def prompt_tiles(query_start_R1: Tensor, seq_lens_R: Tensor, tokens: int, querie
     length = F.pad(seq_lens_R.long(), (0, 1))[request]
     position = torch.where(attending > 0, length - count + offset, 0)
     columns = torch.stack([starts[request] + offset, attending, position, request, length, left], 1)
-    order = (position + attending).argsort(descending=True)
+    order = ((position + attending + KEYS - 1) // KEYS).argsort(descending=True, stable=True)
     return columns[order].int()

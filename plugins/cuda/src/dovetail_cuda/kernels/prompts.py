@@ -28,10 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dovetail_cuda.kernels.prompt_tiles import COLUMNS
+from dovetail_cuda.kernels.prompt_tiles import COLUMNS, KEYS
 
 ROWS = 128
-KEYS = 128
 STAGES = 2
 COPIED: gl.constexpr = gl.constexpr(64)
 """Elements of a row that the copy engine swizzles together; also the rows of a group of warps."""
