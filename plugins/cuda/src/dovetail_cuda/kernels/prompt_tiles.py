@@ -1,4 +1,4 @@
-"""Cutting the prompts of a step into tiles of queries: the longest work first, and together what reads the same keys."""
+"""Cutting the prompts of a step into tiles of queries: long ones first, and together what reads the same keys."""
 
 from __future__ import annotations
 
