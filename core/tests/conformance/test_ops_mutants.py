@@ -274,6 +274,14 @@ def filter_greedy_rows(logits: Tensor, params: Any) -> Tensor:
     return reference.filter_logits(logits, replace(params, temperature_S=params.temperature_S.clamp(min=1)))
 
 
+def residual_of_nothing(probs: Tensor, drafts: Tensor, params: Any) -> Tensor:
+    return reference.sample_residual((probs - drafts).clamp(min=0), torch.zeros_like(drafts), params)
+
+
+def residual_with_ordinary_noise(probs: Tensor, drafts: Tensor, params: Any) -> Tensor:
+    return reference.sample((probs - drafts).clamp(min=0).log(), params)
+
+
 def presence_in_the_prompt(
     logits: Tensor, rows: Tensor, slots: Tensor, factors: Tensor, counts: Tensor, in_prompt: Tensor
 ) -> None:
@@ -354,6 +362,8 @@ MUTANTS: Mapping[Callable[..., Any], tuple[str, str]] = {
     filters_before_temperature: ("sample", "ops.21"),
     drop_the_tied: ("filter_logits", "ops.27"),
     filter_greedy_rows: ("filter_logits", "ops.27"),
+    residual_of_nothing: ("sample_residual", "ops.27"),
+    residual_with_ordinary_noise: ("sample_residual", "ops.27"),
     presence_in_the_prompt: ("penalize", "ops.25"),
     repetition_of_the_output: ("penalize", "ops.25"),
     rank_with_equals: ("top_logprobs", "ops.24"),

@@ -11,6 +11,7 @@ import torch
 from dovetail.contracts.ops import OpTable
 from dovetail.errors import PluginLoadError
 from dovetail.ops import reference
+from dovetail.ops.sampling import SamplingTensors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -362,6 +363,24 @@ def test_paged_attention(dtype, batch, heads, kv_heads, window, soft_cap):
     out = reference.paged_attention(q, k_cache, v_cache, block_table, starts, lengths, scale, window, soft_cap)
     assert out.shape == (tokens + padding_tokens, heads * head_size)
     assert_matches(out, expected.flatten(1), dtype)
+
+
+def test_sample_residual_draws_what_is_left():
+    p, q = torch.tensor([0.1, 0.5, 0.0, 0.4]), torch.tensor([0.4, 0.1, 0.3, 0.2])
+    rows = 20000
+    params = SamplingTensors(
+        **{name: torch.empty(0) for name in ("temperature_S", "top_k_S", "top_p_S", "min_p_S")},
+        seeds_S=torch.arange(rows),
+        positions_S=torch.zeros(rows, dtype=torch.int64),
+        all_greedy=False,
+        any_filter=False,
+    )
+    tokens = reference.sample_residual(p.expand(rows, 4), q.expand(rows, 4), params)
+    shares = tokens.bincount(minlength=4).double() / rows
+    torch.testing.assert_close(shares, torch.tensor([0, 2 / 3, 0, 1 / 3], dtype=torch.float64), rtol=0, atol=0.015)
+    nothing_left = reference.sample_residual(p.expand(rows, 4), p.expand(rows, 4), params)
+    shares = nothing_left.bincount(minlength=4).double() / rows
+    torch.testing.assert_close(shares, p.double(), rtol=0, atol=0.015)
 
 
 def test_penalize():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dovetail.contracts.specdec import Drafts
+from dovetail.ops import sampling
 from dovetail.runner import verify as verify_module
 from dovetail.runner.sample_rows import NO_TOKEN, SampleRows
 from dovetail.runner.verify import DraftProbs
@@ -290,24 +291,24 @@ def accept_as_if_deterministic(probs, params, drafts, draft_probs):
     return survives(probs, params, drafts, torch.ones_like(draft_probs))
 
 
-def recover_from_target(probs, params, draft_probs):
-    return recover(probs, params, torch.zeros_like(draft_probs))
+def recover_from_target(probs, draft_probs, params):
+    return recover(probs, torch.zeros_like(draft_probs), params)
 
 
 GENERATOR = torch.Generator()
-survives, recover = verify_module._survives, verify_module._recover
+survives, recover = verify_module._survives, sampling.sample_residual
 BROKEN = {
-    "accepts always": ("_survives", accept_always),
-    "recovers from the target": ("_recover", recover_from_target),
-    "accepts too rarely": ("_survives", accept_half_as_often),
-    "accepts as if drafts were deterministic": ("_survives", accept_as_if_deterministic),
+    "accepts always": (verify_module, "_survives", accept_always),
+    "recovers from the target": (sampling, "sample_residual", recover_from_target),
+    "accepts too rarely": (verify_module, "_survives", accept_half_as_often),
+    "accepts as if drafts were deterministic": (verify_module, "_survives", accept_as_if_deterministic),
 }
 
 
-@pytest.mark.parametrize(("name", "replacement"), BROKEN.values(), ids=BROKEN.keys())
-def test_a_broken_verifier_is_caught(name, replacement, make, crowd, oracle, monkeypatch):
+@pytest.mark.parametrize(("module", "name", "replacement"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_verifier_is_caught(module, name, replacement, make, crowd, oracle, monkeypatch):
     GENERATOR.manual_seed(0)
-    monkeypatch.setattr(verify_module, name, replacement)
+    monkeypatch.setattr(module, name, replacement)
     outputs = run_requests(make, crowd("plain"), DRAFTERS["uniform"], 2, ragged=False)
     assert p_value(outputs, joint_distribution(oracle, SamplingParams(), 3)) < 1e-6
 

@@ -57,6 +57,7 @@ class OpTable:
     penalize: Callable[..., None] = reference.penalize
     sample: Callable[..., Tensor] = reference.sample
     filter_logits: Callable[..., Tensor] = reference.filter_logits
+    sample_residual: Callable[..., Tensor] = reference.sample_residual
     top_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = reference.top_logprobs
 
     def __post_init__(self) -> None:

@@ -453,6 +453,20 @@ def filter_logits(logits_SV: Tensor, params: SamplingTensors) -> Tensor:
     return sampling.filter_logits(logits_SV, params)
 
 
+def sample_residual(probs_RV: Tensor, draft_probs_RV: Tensor, params: SamplingTensors) -> Tensor:
+    """Draw from ``(p - q)⁺``, what is left of p where a draft from q was rejected (Leviathan et al. 2023,
+    arXiv:2211.17192).
+
+    Args:
+        probs_RV, draft_probs_RV: float32 ``[R, V]``: p and q. Where nothing is left, p itself counts.
+        params: one entry per row; seeds and positions are read.
+
+    Returns:
+        int64 ``[R]``; Gumbel-max with noise that :func:`sample` does not use.
+    """
+    return sampling.sample_residual(probs_RV, draft_probs_RV, params)
+
+
 def penalize(
     logits_SV: Tensor, rows_P: Tensor, slots_P: Tensor, factors_B3: Tensor, counts_BV: Tensor, in_prompt_BV: Tensor
 ) -> None:

@@ -121,6 +121,16 @@ def filter_logits(logits_SV: Tensor, params: SamplingTensors) -> Tensor:
     return scaled_SV
 
 
+def sample_residual(probs_RV: Tensor, draft_probs_RV: Tensor, params: SamplingTensors) -> Tensor:
+    """See :func:`dovetail.ops.reference.sample_residual`."""
+    residual_RV = (probs_RV - draft_probs_RV).clamp_(min=0)
+    # Where p equals q up to rounding, nothing is left although a rejection happened by a hair: p itself is right.
+    residual_RV = torch.where(residual_RV.amax(-1, keepdim=True) > 0, residual_RV, probs_RV)
+    keys_R = row_keys(params.seeds_S, params.positions_S, Stream.RECOVER)
+    columns_V = torch.arange(residual_RV.shape[1], device=residual_RV.device)
+    return gumbel(keys_R, columns_V).add_(residual_RV.log()).argmax(-1)
+
+
 def _sample_unfiltered(logits_SV: Tensor, params: SamplingTensors) -> Tensor:
     keys_S = row_keys(params.seeds_S, params.positions_S, Stream.SAMPLE)
     noise_SV = gumbel(keys_S, torch.arange(logits_SV.shape[1], device=logits_SV.device))

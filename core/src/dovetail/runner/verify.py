@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.specdec import Drafts
-from dovetail.ops.random import Stream, gumbel, row_keys, uniform
+from dovetail.ops.random import Stream, row_keys, uniform
 from dovetail.ops.sampling import SamplingTensors
 from dovetail.runner.sample_rows import NO_TOKEN, SampleRows
 
@@ -104,7 +104,7 @@ def verify_drawn(
     accepted_S = torch.where(params.is_greedy, tokens_S == drafts_S, survives_S & (drafts_S != NO_TOKEN))
 
     def draw(ends_R: Tensor) -> Tensor:
-        recovered_R = _recover(probs_SV[ends_R], params.rows(ends_R), draft_probs_SV[ends_R])
+        recovered_R = ops.sample_residual(probs_SV[ends_R], draft_probs_SV[ends_R], params.rows(ends_R))
         ordinary_R = params.is_greedy[ends_R] | (drafts_S[ends_R] == NO_TOKEN) | (tokens_S[ends_R] == POISONED)
         return torch.where(ordinary_R, tokens_S[ends_R], recovered_R)
 
@@ -128,13 +128,3 @@ def _survives(probs_SV: Tensor, params: SamplingTensors, drafts_S: Tensor, draft
     keys_S = row_keys(params.seeds_S, params.positions_S, Stream.ACCEPT)
     uniform_S1 = uniform(keys_S, torch.zeros(1, dtype=torch.int64, device=keys_S.device))
     return (uniform_S1 * draft_probs_SV.gather(1, drafts_S1) < probs_SV.gather(1, drafts_S1)).squeeze(1)
-
-
-def _recover(probs_RV: Tensor, params: SamplingTensors, draft_probs_RV: Tensor) -> Tensor:
-    """Draw from ``(p - q)⁺``."""
-    residual_RV = (probs_RV - draft_probs_RV).clamp_(min=0)
-    # Where p equals q up to rounding, nothing is left although a rejection happened by a hair: p itself is right.
-    residual_RV = torch.where(residual_RV.amax(-1, keepdim=True) > 0, residual_RV, probs_RV)
-    keys_R = row_keys(params.seeds_S, params.positions_S, Stream.RECOVER)
-    columns_V = torch.arange(residual_RV.shape[1], device=residual_RV.device)
-    return gumbel(keys_R, columns_V).add_(residual_RV.log()).argmax(-1)

@@ -523,6 +523,22 @@ class OpsSuite(Suite):
             self.check(torch.equal(out.cpu() == -torch.inf, dropped), f"{what}: dropped other tokens")
             self.near(out.cpu().masked_fill(dropped, 0), expected.masked_fill(dropped, 0), what, 1e-6)
 
+    @covers("sample_residual")
+    @pytest.mark.parametrize("size", [1, 100, 5000])
+    def test_sample_residual(self, dtype: torch.dtype, size: int) -> None:
+        """ops.27: sample_residual draws from what is left of one distribution over another, with noise of its own, or
+        from the first where nothing is left.
+        """
+        ops, host = self.table(dtype), torch.device("cpu")
+        probs = (2 * randn(40, size, dtype=torch.float32)).softmax(-1)
+        drafts = (2 * randn(40, size, dtype=torch.float32, seed=1)).softmax(-1)
+        drafts[::5] = probs[::5]
+        drafts[1::5] = 0
+        probs[2::5, size // 2 + 1 :] = 0
+        out = ops.sample_residual(*self.place(probs, drafts), self._parameters([1.0] * 40))
+        expected = reference.sample_residual(probs, drafts, self._parameters([1.0] * 40, device=host))
+        self._exact(out, expected, f"tokens of 40 rows of {size} probabilities")
+
     @covers("penalize")
     @pytest.mark.parametrize("size", [1, 100, 5000])
     def test_penalize(self, dtype: torch.dtype, size: int) -> None:
