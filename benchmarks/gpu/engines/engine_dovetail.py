@@ -16,7 +16,7 @@ def load(model: str, options: dict[str, Any]) -> Engine:
         "dtype": "bfloat16",
         "max_model_len": 4096,
         "max_num_seqs": 512,
-        "max_num_batched_tokens": 8192,
+        "max_num_batched_tokens": 16384,  # what vLLM chooses for such a device
     }
     llm = LLM(model, **{**defaults, **options})
 
