@@ -39,11 +39,18 @@ def test_everyone_chooses_the_same(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_tokens(dtype, monkeypatch):
-    """Choices in several chunks, and tiles that take a rest in half."""
+    """Choices in several chunks; tiles with and without a rest, and rests alone."""
     monkeypatch.setattr(expert_order, "COUNTED", 128)
     monkeypatch.setattr(expert_order, "PROGRAMS", 8)
-    monkeypatch.setattr(experts, "tilings", lambda rows, wide: (Tiling(128, 16, 32, 4, 2), Tiling(128, 32, 16, 4, 2)))
-    case = arguments(230, 3, 2, width=40, inner=24, dtype=dtype)
+    monkeypatch.setattr(
+        experts, "tilings", lambda rows, x: (Tiling(32, 16, 32, 4, 2, 16), Tiling(32, 32, 16, 4, 2, 16))
+    )
+    x, gate_up, down, ids, weights = arguments(150, 8, 2, width=40, inner=24, dtype=dtype)
+    # rows of each expert: none, 1 to 16, 17 to 32, 33 to 48, and so on
+    ids[:, 0] = torch.repeat_interleave(torch.arange(1, 8), torch.tensor([1, 16, 17, 32, 33, 48, 3])).to(ids.device)
+    ids[:, 1] = 8
+    ids[:49, 1] = 7
+    case = (x, gate_up, down, ids, weights)
     close(moe_experts(*case), expected(*case), dtype, 2)
 
 

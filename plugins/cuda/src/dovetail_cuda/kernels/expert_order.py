@@ -36,12 +36,13 @@ class Order(NamedTuple):
     tiles_3N: Tensor
 
 
-def order_by_expert(expert_ids_TA: Tensor, experts: int, rows: int) -> Order:
+def order_by_expert(expert_ids_TA: Tensor, experts: int, rows: int, rest: int) -> Order:
     """Sort stably.
 
     Args:
         expert_ids_TA: ids outside ``0 .. experts - 1`` belong to nobody.
-        rows: of a tile, at most; a tile has rows of one expert alone.
+        rows: of a tile; the last one of an expert may have fewer, or up to ``rest`` more.
+        rest: less than ``rows``.
     """
     choices = expert_ids_TA.numel()
     device = expert_ids_TA.device
@@ -70,6 +71,7 @@ def order_by_expert(expert_ids_TA: Tensor, experts: int, rows: int) -> Order:
         PLACED=placed,
         TILES=triton.next_power_of_2(triton.cdiv(tiles, programs)),
         ROWS=rows,
+        REST=rest,
         num_warps=8,
     )
     return order
@@ -129,6 +131,7 @@ def _place_kernel(
     PLACED: tl.constexpr,
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
+    REST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
     """Place some choices, and describe some tiles."""
@@ -157,10 +160,11 @@ def _place_kernel(
     earlier = (own_ids[:, None] == other_ids[None, :]) & (others[None, :] < own[:, None])
     tl.store(choices_ptr + base + tl.sum(earlier.to(tl.int32), axis=1), own, mask=own_ids < experts)
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
-    ends = tl.cumsum((totals + ROWS - 1) // ROWS, axis=0)
+    cut = tl.where(totals > 0, tl.maximum((totals + ROWS - 1 - REST) // ROWS, 1), 0)
+    ends = tl.cumsum(cut, axis=0)
     expert = tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), axis=1)
     here = bins[None, :] == expert[:, None]
-    begin = _pick(starts - (ends - (totals + ROWS - 1) // ROWS) * ROWS, here) + tl.where(expert < BINS, tile * ROWS, 0)
+    begin = _pick(starts - (ends - cut) * ROWS, here) + tl.where(expert < BINS, tile * ROWS, 0)
     tl.store(tiles_ptr + tile, expert, mask=tile < tiles)
     tl.store(tiles_ptr + tiles + tile, begin, mask=tile < tiles)
     tl.store(tiles_ptr + 2 * tiles + tile, _pick(starts + totals, here), mask=tile < tiles)

@@ -6,12 +6,14 @@ in :mod:`dovetail.contracts`.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dovetail_cuda.kernels.expert_order import Order, order_by_expert
@@ -21,23 +23,33 @@ from dovetail_cuda.kernels.overlap import overlapped, release, wait
 FEW = 4
 """Tokens up to which each choice reads its expert's weights for itself."""
 ALIGNED = 16
-"""Bytes that rows of weights must be a multiple of, for the engine that copies tiles of them."""
+"""Bytes that rows must be a multiple of, for the engine that copies tiles of them."""
+LARGEST = 4 * 64 * (128 + 64 + 256) * 2
+"""Bytes of shared memory that the largest tiles take."""
 
 
 class Tiling(NamedTuple):
-    """Rows and inputs of a tile, its outputs (of each half, where there are two), warps, and steps loaded ahead."""
+    """Of a program.
+
+    Attributes:
+        rows, columns, depth: of a tile: rows, outputs (of each half, where there are two), and inputs of a step.
+        warps: of a program.
+        stages: steps that are loaded ahead.
+        rest: rows at an expert's end that take no tile of their own: the tile before computes them, too, with the
+            same weights, and an expert of no more has a tile of this height.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    rest: int = 0
 
 
 def experts_pack(weight_EOI: Tensor) -> Tensor:
     """See :func:`dovetail.ops.reference.experts_pack`: rows of odd sizes are set apart."""
-    inputs = weight_EOI.shape[2]
-    multiple = ALIGNED // weight_EOI.element_size()
+    inputs, multiple = weight_EOI.shape[2], _multiple(weight_EOI)
     if inputs % multiple == 0:
         return weight_EOI.contiguous()
     padded = weight_EOI.new_empty((*weight_EOI.shape[:2], triton.cdiv(inputs, multiple) * multiple))
@@ -56,22 +68,33 @@ def moe_experts(
         return torch.empty_like(x_TD)
     if tokens <= FEW:
         return experts_of_few(x_TD, gate_up_EFD, down_EDF, expert_ids_TA, expert_weights_TA)
-    inner_tiling, outer_tiling = tilings(tokens * choices / len(down_EDF), wide=x_TD.element_size() == 4)
-    order = order_by_expert(expert_ids_TA, len(down_EDF), inner_tiling.rows)
+    inner_tiling, outer_tiling = tilings(tokens * choices / len(down_EDF), x_TD)
+    order = order_by_expert(expert_ids_TA, len(down_EDF), inner_tiling.rows, inner_tiling.rest)
     hidden_CF = inner_products(x_TD, gate_up_EFD, order, choices, inner_tiling)
     y_CD = outer_products(hidden_CF, down_EDF, expert_weights_TA, order, outer_tiling)
     return combine(y_CD, expert_ids_TA, len(down_EDF))
 
 
-def tilings(rows: float, *, wide: bool) -> tuple[Tiling, Tiling]:
-    """What measured best for so many rows per expert; the same rows in both products."""
-    if wide:
+def tilings(rows: float, x: Tensor) -> tuple[Tiling, Tiling]:
+    """What measured best for so many rows per expert; the same rows and rest in both products."""
+    if x.element_size() == 4:
         return Tiling(16, 16, 32, 4, 3), Tiling(16, 32, 32, 4, 3)
     if rows <= 8:
         return Tiling(16, 32, 256, 8, 2), Tiling(16, 64, 256, 4, 2)
+    if not _has_room(x.device):
+        return Tiling(64, 64, 64, 4, 3), Tiling(64, 128, 64, 4, 3)
     if rows <= 48:
         return Tiling(64, 64, 128, 4, 3), Tiling(64, 128, 64, 4, 4)
-    return Tiling(128, 128, 64, 8, 4), Tiling(128, 256, 64, 8, 4)
+    return Tiling(128, 128, 64, 8, 4, rest=64), Tiling(128, 256, 64, 8, 4, rest=64)
+
+
+@cache
+def _has_room(device: torch.device) -> bool:
+    """Whether a program can have the largest tiles in shared memory."""
+    if device.type != "cuda":
+        return True
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return bool(driver.active.utils.get_device_properties(index)["max_shared_mem"] >= LARGEST)
 
 
 def inner_products(x_TD: Tensor, weight_EFD: Tensor, order: Order, choices: int, tiling: Tiling) -> Tensor:
@@ -79,7 +102,8 @@ def inner_products(x_TD: Tensor, weight_EFD: Tensor, order: Order, choices: int,
     experts, outputs, width = weight_EFD.shape
     inner = outputs // 2
     halves = weight_EFD.view(2 * experts, inner, width)
-    out_CF = torch.empty((len(order.choices_C), inner), dtype=x_TD.dtype, device=x_TD.device)
+    padded = triton.cdiv(inner, _multiple(x_TD)) * _multiple(x_TD)
+    out_CF = torch.empty((len(order.choices_C), padded), dtype=x_TD.dtype, device=x_TD.device)[:, :inner]
     _inner_kernel[(triton.cdiv(inner, tiling.columns), order.tiles_3N.shape[1])](
         x_TD,
         TensorDescriptor(halves, halves.shape, halves.stride(), [2, tiling.columns, tiling.depth]),
@@ -89,6 +113,7 @@ def inner_products(x_TD: Tensor, weight_EFD: Tensor, order: Order, choices: int,
         inner,
         width,
         x_TD.stride(0),
+        out_CF.stride(0),
         CHOICES=choices,
         **_constants(x_TD, width, tiling),
     )
@@ -102,6 +127,8 @@ def outer_products(x_CF: Tensor, weight_EDF: Tensor, factors_TA: Tensor, order: 
     out_CD = torch.empty((len(x_CF), width), dtype=x_CF.dtype, device=x_CF.device)
     _outer_kernel[(triton.cdiv(width, tiling.columns), order.tiles_3N.shape[1])](
         x_CF,
+        TensorDescriptor(x_CF, x_CF.shape, x_CF.stride(), [tiling.rows, tiling.depth]),
+        TensorDescriptor(x_CF, x_CF.shape, x_CF.stride(), [tiling.rest or tiling.rows, tiling.depth]),
         TensorDescriptor(weight, weight.shape, weight.stride(), [tiling.columns, tiling.depth]),
         out_CD,
         factors_TA,
@@ -109,6 +136,7 @@ def outer_products(x_CF: Tensor, weight_EDF: Tensor, factors_TA: Tensor, order: 
         order.tiles_3N.shape[1],
         inner,
         width,
+        x_CF.stride(0),
         *factors_TA.stride(),
         CHOICES=factors_TA.shape[1],
         **_constants(x_CF, inner, tiling),
@@ -137,9 +165,15 @@ def combine(y_CD: Tensor, expert_ids_TA: Tensor, experts: int) -> Tensor:
     return out_TD
 
 
+def _multiple(x: Tensor) -> int:
+    """Elements that rows must be a multiple of."""
+    return ALIGNED // x.element_size()
+
+
 def _constants(x: Tensor, inputs: int, tiling: Tiling) -> dict[str, object]:
     return {
         "ROWS": tiling.rows,
+        "REST": tiling.rest,
         "COLUMNS": tiling.columns,
         "DEPTH": tiling.depth,
         "EVEN": inputs % tiling.depth == 0,
@@ -161,8 +195,10 @@ def _inner_kernel(
     inner: tl.tensor,
     width: tl.tensor,
     x_stride: tl.tensor,
+    out_stride: tl.tensor,
     CHOICES: tl.constexpr,
     ROWS: tl.constexpr,
+    REST: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,
@@ -175,15 +211,20 @@ def _inner_kernel(
     if begin >= end:
         return
     column = tl.program_id(0) * COLUMNS
-    if (ROWS > 64) & (end - begin <= ROWS // 2):  # a rest
+    if (REST > 0) & (end - begin > ROWS) & (end - begin <= ROWS + REST):
         _inner_tile(
-            x_ptr, weight, out_ptr, choices_ptr, expert, begin, end, column, inner, width, x_stride,
-            CHOICES, ROWS // 2 if ROWS > 64 else ROWS, COLUMNS, DEPTH, EVEN, PRECISION,
+            x_ptr, weight, out_ptr, choices_ptr, expert, begin, end, column, inner, width, x_stride, out_stride,
+            CHOICES, ROWS, REST, COLUMNS, DEPTH, EVEN, PRECISION,
+        )  # fmt: skip
+    elif (REST == 0) | (end - begin > REST):
+        _inner_tile(
+            x_ptr, weight, out_ptr, choices_ptr, expert, begin, end, column, inner, width, x_stride, out_stride,
+            CHOICES, ROWS, 0, COLUMNS, DEPTH, EVEN, PRECISION,
         )  # fmt: skip
     else:
         _inner_tile(
-            x_ptr, weight, out_ptr, choices_ptr, expert, begin, end, column, inner, width, x_stride,
-            CHOICES, ROWS, COLUMNS, DEPTH, EVEN, PRECISION,
+            x_ptr, weight, out_ptr, choices_ptr, expert, begin, end, column, inner, width, x_stride, out_stride,
+            CHOICES, REST if REST > 0 else ROWS, 0, COLUMNS, DEPTH, EVEN, PRECISION,
         )  # fmt: skip
 
 
@@ -205,34 +246,68 @@ def _inner_tile(
     inner: tl.tensor,
     width: tl.tensor,
     x_stride: tl.tensor,
+    out_stride: tl.tensor,
     CHOICES: tl.constexpr,
     ROWS: tl.constexpr,
+    REST: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    rows = begin + tl.arange(0, ROWS)
-    row_mask = rows < end
-    tokens = tl.load(choices_ptr + rows, mask=row_mask, other=0) // CHOICES
     k = tl.arange(0, DEPTH)
+    rows = begin + tl.arange(0, ROWS)
+    tokens = tl.load(choices_ptr + rows, mask=rows < end, other=0) // CHOICES
     x_places = x_ptr + tokens.to(tl.int64)[:, None] * x_stride + k[None, :]
     acc = tl.zeros([ROWS, 2 * COLUMNS], dtype=tl.float32)
+    if REST > 0:
+        more_rows = begin + ROWS + tl.arange(0, REST)
+        more_tokens = tl.load(choices_ptr + more_rows, mask=more_rows < end, other=0) // CHOICES
+        more_places = x_ptr + more_tokens.to(tl.int64)[:, None] * x_stride + k[None, :]
+        more = tl.zeros([REST, 2 * COLUMNS], dtype=tl.float32)
     for at in range(0, width, DEPTH):
-        x = tl.load(x_places) if EVEN else tl.load(x_places, mask=(at + k < width)[None, :], other=0.0)
         both = weight.load([2 * expert, column, at]).reshape(2 * COLUMNS, DEPTH)
+        x = _some(x_places, at, width, k, EVEN)
         acc = tl.dot(x, both.T, acc, input_precision=PRECISION)
         x_places += DEPTH
+        if REST > 0:
+            more = tl.dot(_some(more_places, at, width, k, EVEN), both.T, more, input_precision=PRECISION)
+            more_places += DEPTH
+    columns = column + tl.arange(0, COLUMNS)
+    _store_gated(out_ptr, acc, rows, end, columns, inner, out_stride, ROWS, COLUMNS)
+    if REST > 0:
+        _store_gated(out_ptr, more, more_rows, end, columns, inner, out_stride, REST, COLUMNS)
+
+
+@triton.jit
+def _some(places: tl.tensor, at: tl.tensor, inputs: tl.tensor, k: tl.tensor, EVEN: tl.constexpr) -> tl.tensor:
+    """Some inputs of each row, from the one at ``at`` on."""
+    return tl.load(places) if EVEN else tl.load(places, mask=(at + k < inputs)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_gated(
+    out_ptr: tl.tensor,
+    acc: tl.tensor,
+    rows: tl.tensor,
+    end: tl.tensor,
+    columns: tl.tensor,
+    inner: tl.tensor,
+    out_stride: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
     gate, up = acc.reshape(ROWS, 2, COLUMNS).permute(0, 2, 1).split()
     out = gate / (1.0 + tl.exp(-gate)) * up
-    columns = column + tl.arange(0, COLUMNS)
-    places = out_ptr + rows.to(tl.int64)[:, None] * inner + columns[None, :]
-    tl.store(places, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (columns < inner)[None, :])
+    places = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+    tl.store(places, out.to(out_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (columns < inner)[None, :])
 
 
 @triton.jit(do_not_specialize=["slots"])
 def _outer_kernel(
     x_ptr: tl.tensor,
+    x_tiles: tl.tensor,
+    x_rests: tl.tensor,
     weight: tl.tensor,
     out_ptr: tl.tensor,
     factors_ptr: tl.tensor,
@@ -241,10 +316,12 @@ def _outer_kernel(
     slots: tl.tensor,
     inner: tl.tensor,
     width: tl.tensor,
+    x_stride: tl.tensor,
     factors_stride_t: tl.tensor,
     factors_stride_a: tl.tensor,
     CHOICES: tl.constexpr,
     ROWS: tl.constexpr,
+    REST: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,
@@ -257,22 +334,31 @@ def _outer_kernel(
     if begin >= end:
         return
     column = tl.program_id(0) * COLUMNS
-    if (ROWS > 64) & (end - begin <= ROWS // 2):  # a rest
+    if (REST > 0) & (end - begin > ROWS) & (end - begin <= ROWS + REST):
         _outer_tile(
-            x_ptr, weight, out_ptr, factors_ptr, choices_ptr, expert, begin, end, column, inner, width,
-            factors_stride_t, factors_stride_a,
-            CHOICES, ROWS // 2 if ROWS > 64 else ROWS, COLUMNS, DEPTH, EVEN, PRECISION,
+            x_ptr, x_tiles, x_rests, weight, out_ptr, factors_ptr, choices_ptr, expert, begin, end, column, inner,
+            width, x_stride, factors_stride_t, factors_stride_a,
+            CHOICES, ROWS, REST, COLUMNS, DEPTH, EVEN, PRECISION, REST > 0,
+        )  # fmt: skip
+    elif (REST == 0) | (end - begin > REST):
+        _outer_tile(
+            x_ptr, x_tiles, x_rests, weight, out_ptr, factors_ptr, choices_ptr, expert, begin, end, column, inner,
+            width, x_stride, factors_stride_t, factors_stride_a,
+            CHOICES, ROWS, 0, COLUMNS, DEPTH, EVEN, PRECISION, REST > 0,
         )  # fmt: skip
     else:
         _outer_tile(
-            x_ptr, weight, out_ptr, factors_ptr, choices_ptr, expert, begin, end, column, inner, width,
-            factors_stride_t, factors_stride_a, CHOICES, ROWS, COLUMNS, DEPTH, EVEN, PRECISION,
+            x_ptr, x_rests, x_rests, weight, out_ptr, factors_ptr, choices_ptr, expert, begin, end, column, inner,
+            width, x_stride, factors_stride_t, factors_stride_a,
+            CHOICES, REST if REST > 0 else ROWS, 0, COLUMNS, DEPTH, EVEN, PRECISION, REST > 0,
         )  # fmt: skip
 
 
 @triton.jit
 def _outer_tile(
     x_ptr: tl.tensor,
+    x_tiles: tl.tensor,
+    x_rests: tl.tensor,
     weight: tl.tensor,
     out_ptr: tl.tensor,
     factors_ptr: tl.tensor,
@@ -283,31 +369,57 @@ def _outer_tile(
     column: tl.tensor,
     inner: tl.tensor,
     width: tl.tensor,
+    x_stride: tl.tensor,
     factors_stride_t: tl.tensor,
     factors_stride_a: tl.tensor,
     CHOICES: tl.constexpr,
     ROWS: tl.constexpr,
+    REST: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    COPIED: tl.constexpr,
 ) -> None:
-    rows = begin + tl.arange(0, ROWS)
-    row_mask = rows < end
-    choices = tl.load(choices_ptr + rows, mask=row_mask, other=0)  # early: nothing else covers the time it takes
-    factor_places = factors_ptr + (choices // CHOICES) * factors_stride_t + (choices % CHOICES) * factors_stride_a
-    factors = tl.load(factor_places, mask=row_mask, other=0.0).to(tl.float32)
+    """``COPIED``: whether rows are read as tiles, of this expert or the next; large ones gain by it."""
     k = tl.arange(0, DEPTH)
-    x_places = x_ptr + tl.where(row_mask, rows, begin).to(tl.int64)[:, None] * inner + k[None, :]
+    rows = begin + tl.arange(0, ROWS)
+    # early: nothing else would cover the time that these loads take
+    choices = tl.load(choices_ptr + rows, mask=rows < end, other=0)
+    factors = _factors(factors_ptr, choices, factors_stride_t, factors_stride_a, CHOICES)
+    x_places = x_ptr + tl.where(rows < end, rows, begin).to(tl.int64)[:, None] * x_stride + k[None, :]
     acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    if REST > 0:
+        more_rows = begin + ROWS + tl.arange(0, REST)
+        more_choices = tl.load(choices_ptr + more_rows, mask=more_rows < end, other=0)
+        more_factors = _factors(factors_ptr, more_choices, factors_stride_t, factors_stride_a, CHOICES)
+        more = tl.zeros([REST, COLUMNS], dtype=tl.float32)
     for at in range(0, inner, DEPTH):
-        x = tl.load(x_places) if EVEN else tl.load(x_places, mask=(at + k < inner)[None, :], other=0.0)
-        acc = tl.dot(x, weight.load([expert * width + column, at]).T, acc, input_precision=PRECISION)
+        some = weight.load([expert * width + column, at])
+        x = x_tiles.load([begin, at]) if COPIED else _some(x_places, at, inner, k, EVEN)
+        acc = tl.dot(x, some.T, acc, input_precision=PRECISION)
         x_places += DEPTH
-    out = acc * factors[:, None]
+        if REST > 0:
+            more = tl.dot(x_rests.load([begin + ROWS, at]), some.T, more, input_precision=PRECISION)
     columns = column + tl.arange(0, COLUMNS)
-    out_places = out_ptr + choices.to(tl.int64)[:, None] * width + columns[None, :]
-    tl.store(out_places, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (columns < width)[None, :])
+    _store_scaled(out_ptr, acc * factors[:, None], choices, rows < end, columns, width)
+    if REST > 0:
+        _store_scaled(out_ptr, more * more_factors[:, None], more_choices, more_rows < end, columns, width)
+
+
+@triton.jit
+def _factors(
+    factors_ptr: tl.tensor, choices: tl.tensor, stride_t: tl.tensor, stride_a: tl.tensor, CHOICES: tl.constexpr
+) -> tl.tensor:
+    return tl.load(factors_ptr + (choices // CHOICES) * stride_t + (choices % CHOICES) * stride_a).to(tl.float32)
+
+
+@triton.jit
+def _store_scaled(
+    out_ptr: tl.tensor, out: tl.tensor, choices: tl.tensor, mask: tl.tensor, columns: tl.tensor, width: tl.tensor
+) -> None:
+    places = out_ptr + choices.to(tl.int64)[:, None] * width + columns[None, :]
+    tl.store(places, out.to(out_ptr.dtype.element_ty), mask=mask[:, None] & (columns < width)[None, :])
 
 
 @triton.jit
