@@ -17,6 +17,8 @@ OPS = frozenset(
         "gelu_tanh_and_mul",
         "linear",
         "linear_silu_and_mul",
+        "choose_experts",
+        "experts_pack",
         "moe_experts",
         "write_kv",
         "paged_attention",
