@@ -104,7 +104,7 @@ def main():
         for tokens in TOKENS:
             cells = []
             for size, in_8_bits, build in FORMATS.values():
-                calls = [build(randn(tokens, inputs), inputs, outputs) for _ in copies(size * inputs * outputs)]
+                calls = [build(randn(tokens, inputs), inputs, outputs) for _ in copies(int(size * inputs * outputs))]
                 moved = size * inputs * outputs + 2 * tokens * (inputs + outputs)
                 rate = narrow_product if in_8_bits else product
                 floor, took = max(moved / copy, 2 * tokens * inputs * outputs / rate), seconds(calls)

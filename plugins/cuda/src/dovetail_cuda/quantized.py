@@ -194,10 +194,10 @@ def _sums_exactly_enough(weight_OI: Tensor, group_size: int, out_dtype: torch.dt
 
 
 def _square(weight_OI: Tensor, scale_OG: Tensor, group_size: int) -> Tensor | None:
-    """``[G, O / 128]``, inputs side by side, if all outputs of a block have its scale; None if not, or for nobody."""
+    """``[G, O / 128]``, inputs side by side, where the scales are those of blocks that cuBLAS knows; else None."""
     outputs, inputs = weight_OI.shape
-    whole = group_size == BLOCK and outputs % BLOCK == 0 and inputs % BLOCK == 0
-    if not whole or weight_OI.dtype != FP8 or torch.cuda.get_device_capability(weight_OI.device) != _LIBRARY_BLOCKS:
+    aligned = group_size == BLOCK and outputs % BLOCK == 0 and inputs % (4 * BLOCK) == 0
+    if not aligned or weight_OI.dtype != FP8 or torch.cuda.get_device_capability(weight_OI.device) != _LIBRARY_BLOCKS:
         return None
     scale_BOG = scale_OG.float().reshape(outputs // BLOCK, BLOCK, -1)
     return scale_BOG[:, 0].contiguous().t() if bool((scale_BOG == scale_BOG[:, :1]).all()) else None

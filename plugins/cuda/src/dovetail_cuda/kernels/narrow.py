@@ -21,7 +21,7 @@ from dovetail_cuda.kernels.widen import widen, widen_pairs
 
 LOCKS = 4096
 """Tiles that may be shared, at most."""
-_WARPS, _WARPS_OF_PAIRS = 6, 16
+_WARPS = 6
 """That each multiprocessor should have, if inputs can be shared among programs to get there."""
 _TOGETHER = 8
 """Tiles of outputs that are worked on side by side, so that they share activations in the cache."""
@@ -161,15 +161,19 @@ def tile(tokens: int, experts: int, codes: Codes, dtype: torch.dtype, multiproce
     most = 1 if experts else max(1, inputs // step // 4)
     if each > 64:
         return _many(each, outputs, step, most, multiprocessors, narrow=dtype == codes.weight.dtype)
-    width = max(8, triton.next_power_of_2(each))
-    height, warps = {8: (64, 4), 16: (32, 2), 32: (32, 4), 64: (64, 4)}[width]
-    wanted = _WARPS_OF_PAIRS if codes.weight.dtype == torch.uint8 else _WARPS
+    narrow, width = dtype == codes.weight.dtype, max(8, triton.next_power_of_2(each))
+    height, warps, stages = {8: (64, 4, 4), 16: (32, 2, 4), 32: (32, 4, 5), 64: (64, 4, 4)}[width]
+    if codes.weight.dtype == torch.uint8 and width == 8:
+        height = 128
+    elif narrow and grouped and width == 16:
+        height, warps = 64, 4
+    elif narrow and not grouped and width <= 16:
+        step, stages = 256, 3
     splits, programs = 1, triton.cdiv(outputs, height)
-    while programs * splits * warps < wanted * multiprocessors and 2 * splits <= min(8, most):
+    while programs * splits * warps < _WARPS * multiprocessors and 2 * splits <= min(8, most):
         splits *= 2
-    if dtype == codes.weight.dtype and not grouped and width <= 16:
-        return Tiling(tokens=width, outputs=height, inputs=256, splits=splits, warps=warps, stages=3)
-    stages = 3 if width == 32 and splits == 1 else 5 if width == 32 else 4
+    if width == 32 and splits == 1:
+        stages = 3
     return Tiling(tokens=width, outputs=height, inputs=step, splits=splits, warps=warps, stages=stages)
 
 
@@ -327,9 +331,13 @@ def _product_kernel(
     zero_ptr += own_o * zero_stride_o
     x_scale_ptr += own_t * x_scale_stride_t
     ACC: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.int8 else tl.float32
-    TOTAL: tl.constexpr = tl.float32 if GROUPED or WIDEN else ACC
+    # A wide product of a warp group reads registers while it runs. Scaled in every step, it has ended before they are
+    # written again; Triton 3.6 does not see to that where products follow one another in one sum.
+    EARLY: tl.constexpr = WIDEN and not GROUPED and BLOCK_T >= 64
+    TOTAL: tl.constexpr = tl.float32 if GROUPED or EARLY else ACC
     acc = tl.zeros([BLOCK_O, BLOCK_T], dtype=TOTAL)
-    row_scale = tl.full([BLOCK_O], 1.0, tl.float32) if GROUPED else tl.load(scale_ptr).to(tl.float32)
+    if EARLY:
+        row_scale = tl.load(scale_ptr).to(tl.float32)
     steps = tl.cdiv(inputs, BLOCK_K)
     for step in tl.range(steps * split // splits, steps * (split + 1) // splits, num_stages=STAGES):
         at, places = step * BLOCK_K + k[:, None], step * (BLOCK_K // PACKED) + stored[None, :]
@@ -347,8 +355,7 @@ def _product_kernel(
             if not WIDEN:
                 part *= tl.load(x_scale_ptr + group * x_scale_stride_g)[None, :]
             acc += part
-        elif WIDEN:
-            # scaled in every step, so that a product has ended before registers that it reads are written again
+        elif EARLY:
             acc += tl.dot(weight, x, input_precision=PRECISION) * row_scale[:, None]
         else:
             acc = tl.dot(weight, x, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -365,8 +372,10 @@ def _product_kernel(
         result = tl.zeros([BLOCK_O, BLOCK_T], dtype=tl.float32)
         for other in range(splits):
             result += tl.load(partial_ptr + other * size + targets, mask=mask, other=0.0, cache_modifier=".cg")
-    if not GROUPED and not WIDEN:
-        result *= row_scale[:, None] * tl.load(x_scale_ptr)[None, :]
+    if not GROUPED and not EARLY:
+        result *= tl.load(scale_ptr).to(tl.float32)[:, None]
+        if not WIDEN:
+            result *= tl.load(x_scale_ptr)[None, :]
     if BIAS:
         result += tl.load(bias_ptr + own_o).to(tl.float32)[:, None]
     tl.store(out_ptr + targets, result.to(out_ptr.dtype.element_ty), mask=mask)
