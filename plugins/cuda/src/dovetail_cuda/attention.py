@@ -11,7 +11,7 @@ from torch import Tensor
 from dovetail.contracts.attention import AttentionBackend, AttentionSpec, Preparation, StepTensors
 from dovetail.contracts.ops import OpTable
 from dovetail.errors import ConfigError
-from dovetail_cuda.kernels.attention import FEW, SHORT_ROWS, attend, most_rows, processors, scale_and_cap, tile
+from dovetail_cuda.kernels.attention import FEW, attend, most_rows, processors, scale_and_cap, tile
 from dovetail_cuda.kernels.cache import write_kv
 from dovetail_cuda.kernels.prefixes import SharedPrefixes, attend_prefixes, grouping, shared_tokens
 from dovetail_cuda.kernels.projection import prepare_and_store
@@ -115,43 +115,9 @@ class TritonAttention(AttentionBackend):
         """Attend to what is stored, by the kernels that suit the step's size."""
         if len(q_THK) > FEW and takes_prompts(q_THK, cache.keys, spec.scale, spec.window, spec.soft_cap):
             return self._attend_prompts(q_THK, cache, metadata, spec)
-        return self._attend_tiles(
-            q_THK, cache, metadata, spec, tokens=len(q_THK), prefixes=self._prefixes(q_THK, cache, metadata, spec)
-        )
-
-    def _attend_prompts(
-        self, q_THK: Tensor, cache: TritonCache, metadata: TritonMetadata, spec: AttentionSpec
-    ) -> Tensor:
-        """Requests of many tokens by one kernel, the others by another."""
-        from dovetail_cuda.kernels.prompts import ROWS, attend_prompts
-
-        group = spec.num_heads // spec.num_kv_heads
-        starts_R1, lengths_R, longest = metadata.query_start_R1, metadata.seq_lens_R, max(1, SHORT_ROWS // group)
-        tiles = metadata.once(
-            ("tiles", group), lambda: prompt_tiles(starts_R1, lengths_R, len(q_THK), ROWS // group, longest)
-        )
-        out_TE = attend_prompts(
-            q_THK, cache.keys, cache.values, metadata.block_table_RB, tiles, spec.scale, processors(self._device)
-        )
-        return self._attend_tiles(
-            q_THK, cache, metadata, spec, tokens=min(len(lengths_R), FEW), longest=longest, out_TE=out_TE
-        )
-
-    def _attend_tiles(
-        self,
-        q_THK: Tensor,
-        cache: TritonCache,
-        metadata: TritonMetadata,
-        spec: AttentionSpec,
-        *,
-        tokens: int,
-        prefixes: SharedPrefixes | None = None,
-        longest: int | None = None,
-        out_TE: Tensor | None = None,
-    ) -> Tensor:
-        table_RB, lengths_R = metadata.block_table_RB, metadata.seq_lens_R
+        table_RB, lengths_R, num_processors = metadata.block_table_RB, metadata.seq_lens_R, processors(self._device)
         group, context = spec.num_heads // spec.num_kv_heads, table_RB.shape[1] * self._block_size
-        requests, itemsize = len(lengths_R), q_THK.element_size()
+        size, itemsize = spec.head_size, q_THK.element_size()
         return attend(
             q_THK,
             cache.keys.transpose(1, 2),
@@ -162,13 +128,23 @@ class TritonAttention(AttentionBackend):
             spec.scale,
             spec.window,
             spec.soft_cap,
-            tile(
-                tokens, requests, spec.num_kv_heads, group, spec.head_size, context, itemsize, processors(self._device)
-            ),
-            prefixes=prefixes,
-            longest=longest,
-            out_TE=out_TE,
+            tile(len(q_THK), len(lengths_R), spec.num_kv_heads, group, size, context, itemsize, num_processors),
+            self._prefixes(q_THK, cache, metadata, spec),
         )
+
+    def _attend_prompts(
+        self, q_THK: Tensor, cache: TritonCache, metadata: TritonMetadata, spec: AttentionSpec
+    ) -> Tensor:
+        from dovetail_cuda.kernels.prompts import ROWS, attend_prompts
+
+        queries, starts_R1, lengths_R = (
+            ROWS * spec.num_kv_heads // spec.num_heads,
+            metadata.query_start_R1,
+            metadata.seq_lens_R,
+        )
+        tiles = metadata.once(("tiles", queries), lambda: prompt_tiles(starts_R1, lengths_R, len(q_THK), queries))
+        table_RB, num_processors = metadata.block_table_RB, processors(self._device)
+        return attend_prompts(q_THK, cache.keys, cache.values, table_RB, tiles, spec.scale, num_processors)
 
     def _prefixes(
         self, q_THK: Tensor, cache: TritonCache, metadata: TritonMetadata, spec: AttentionSpec

@@ -8,6 +8,7 @@ from inputs import DEVICE, DTYPES, close
 from dovetail.contracts.attention import AttentionSpec
 from dovetail.contracts.ops import OpTable
 from dovetail_cuda.attention import TritonAttention, TritonCache, TritonMetadata
+from dovetail_cuda.kernels import prefixes
 from dovetail_cuda.kernels.attention import Tiling, attend, scale_and_cap
 from dovetail_cuda.kernels.prefixes import Grouping, attend_prefixes, grouping, shared_tokens
 
@@ -54,14 +55,15 @@ def test_attention(dtype, splits, cap, parts):
     arguments = apart(shared(dtype=dtype), 7, 5)
     tokens_R = shared_tokens(*arguments[3:], 16, 4, least=64)
     assert tokens_R.any()
-    prefixes = attend_prefixes(
+    found = attend_prefixes(
         *arguments[:5], tokens_R, *scale_and_cap(0.125, cap), cap is not None, Grouping(4, 16, parts)
     )
     tiling = Tiling(rows=16, keys=32, splits=splits, warps=4, stages=2)
-    agree(attend(*arguments, 0.125, None, cap, tiling, prefixes=prefixes), arguments, 0.125, None, cap, dtype=dtype)
+    agree(attend(*arguments, 0.125, None, cap, tiling, found), arguments, 0.125, None, cap, dtype=dtype)
 
 
-def test_backend():
+def test_backend(monkeypatch):
+    monkeypatch.setattr(prefixes, "FEWEST_REQUESTS", 16)
     requests = [(1, 140 + r) for r in range(16)]
     q, keys, values, table, starts, lengths = shared(requests, heads=(4, 2))
     table[:16, :8] = table[0, :8].clone()
@@ -78,8 +80,8 @@ def test_backend():
 
 
 def test_grouping():
-    assert grouping(8, 8, 4, 128, 132) is None
-    assert grouping(64, 8, 1, 1, 132) is None
-    assert grouping(256, 8, 4, 128, 132) == Grouping(requests=32, rows=128, parts=4)
-    assert grouping(16, 4, 8, 128, 132) == Grouping(requests=16, rows=128, parts=8)
-    assert grouping(16, 8, 3, 128, 132) == Grouping(requests=16, rows=64, parts=8)
+    assert grouping(64, 8, 4, 128, 132) is None
+    assert grouping(256, 8, 4, 4, 132) is None
+    assert grouping(256, 8, 4, 128, 132) == Grouping(requests=32, rows=128, parts=2)
+    assert grouping(80, 4, 8, 128, 132) == Grouping(requests=16, rows=128, parts=6)
+    assert grouping(80, 8, 3, 128, 132) == Grouping(requests=32, rows=128, parts=5)

@@ -5,7 +5,6 @@ import torch
 from check_attention import MIX, PADDING, expected, step
 from inputs import DEVICE, INTERPRETED, close
 
-from dovetail_cuda.kernels.attention import Tiling, attend
 from dovetail_cuda.kernels.prompt_support import takes_prompts
 from dovetail_cuda.kernels.prompt_tiles import KEYS, prompt_tiles
 
@@ -21,11 +20,10 @@ def tables(requests):
 
 
 @pytest.mark.parametrize("queries", [4, 32])
-@pytest.mark.parametrize("longest", [0, 5])
-def test_tiles(queries, longest):
+def test_tiles(queries):
     starts, lengths = tables(LONG)
     tokens = int(starts[-1]) + PADDING
-    tiles = prompt_tiles(starts, lengths, tokens, queries, longest)
+    tiles = prompt_tiles(starts, lengths, tokens, queries)
     attending, written = [], []
     for first, number, position, request, length, rows in tiles.tolist():
         written += range(first, first + rows)
@@ -35,9 +33,8 @@ def test_tiles(queries, longest):
             assert number == rows == min(queries, start + count - first)
             assert length == LONG[request][1]
             assert position == length - count + first - start
-    long = [t for r, (n, _) in enumerate(LONG) if n > longest for t in range(int(starts[r]), int(starts[r]) + n)]
-    assert sorted(attending) == long
-    assert sorted(written) == long + list(range(int(starts[-1]), tokens))
+    assert sorted(attending) == list(range(tokens - PADDING))
+    assert sorted(written) == list(range(tokens))
     steps = [-(-(row[1] + row[2]) // KEYS) for row in tiles.tolist()]
     assert steps == sorted(steps, reverse=True)
 
@@ -47,27 +44,12 @@ def test_support():
     assert not takes_prompts(q, cache, 0.1)
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-def test_short_requests(splits):
-    arguments = step()
-    out = torch.full((len(arguments[0]), 256), 7.0, device=DEVICE)
-    tiling = Tiling(rows=16, keys=32, splits=splits, warps=4, stages=2)
-    attend(*arguments, 0.125, None, None, tiling, longest=5, out_TE=out)
-    is_short = torch.zeros(len(out), dtype=torch.bool)
-    starts = arguments[4].tolist()
-    for start, (count, _) in zip(starts, MIX, strict=False):
-        is_short[start : start + count] = count <= 5
-    assert is_short.any()
-    close(out[is_short], expected(arguments, 0.125)[is_short], torch.float32)
-    assert bool((out[~is_short] == 7).all())
-
-
 CASES = [
     (torch.bfloat16, (8, 2), 128, 16),
     (torch.float16, (4, 2), 128, 16),
     (torch.bfloat16, (8, 1), 64, 32),
     (torch.bfloat16, (2, 2), 128, 8),
-    (torch.float16, (8, 2), 128, 128),
+    (torch.float16, (8, 2), 128, 64),
 ]
 
 
@@ -79,7 +61,7 @@ def test_prompts(dtype, heads, size, page):
     q, keys, values, *tables = step(LONG, heads=heads, size=size, page=page, dtype=dtype)
     pages = [x.transpose(1, 2).contiguous() for x in (keys, values)]
     assert takes_prompts(q, pages[0], size**-0.5)
-    tiles = prompt_tiles(*tables[1:], len(q), ROWS // (heads[0] // heads[1]), 0)
+    tiles = prompt_tiles(*tables[1:], len(q), ROWS // (heads[0] // heads[1]))
     out = attend_prompts(q, *pages, tables[0], tiles, size**-0.5, 132)
     real = int(tables[1][-1])
     close(out[:real], expected([q, keys, values, *tables], size**-0.5)[:real], dtype)
@@ -92,6 +74,6 @@ def test_many_tiles():
 
     q, keys, values, *tables = step([(300, 300)] * 9, heads=(8, 8), size=128, dtype=torch.bfloat16)
     pages = [x.transpose(1, 2).contiguous() for x in (keys, values)]
-    tiles = prompt_tiles(*tables[1:], len(q), ROWS, 0)
+    tiles = prompt_tiles(*tables[1:], len(q), ROWS)
     outs = [attend_prompts(q, *pages, tables[0], tiles, 0.1, programs) for programs in (1, 7, 132)]
     assert all(torch.equal(outs[0], out) for out in outs[1:])

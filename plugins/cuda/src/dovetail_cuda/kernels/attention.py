@@ -26,8 +26,6 @@ from dovetail_cuda.kernels.segments import segment_of
 MAX_SPLITS = 64
 FEW = 512
 """Steps of more tokens hold prompts, however many requests their bucket has room for."""
-SHORT_ROWS = 16
-"""Of the tiles of decodes and drafts: the fewest that matrix units take."""
 HOST_PROCESSORS = 4
 """Assumed where Triton interprets kernels on the host."""
 
@@ -83,27 +81,17 @@ def attend(
     window: int | None,
     soft_cap: float | None,
     tiling: Tiling,
-    *,
     prefixes: SharedPrefixes | None = None,
-    longest: int | None = None,
-    out_TE: Tensor | None = None,
 ) -> Tensor:
-    """:func:`paged_attention`, cut in a given way.
-
-    Args:
-        prefixes: keys that have been attended to; the others of their requests remain.
-        longest: leaves requests with more tokens, and padding, to others; no tile has more queries than this.
-        out_TE: where results go; new memory if None.
-    """
+    """:func:`paged_attention`, cut in a given way. Keys of ``prefixes`` have been attended to; the others remain."""
     tokens, heads, size = q_THK.shape
     kv_heads, requests, splits = k_cache_BPNK.shape[2], len(seq_lens_R), tiling.splits
     group, block = heads // kv_heads, max(16, triton.next_power_of_2(size))
-    if out_TE is None:
-        out_TE = torch.empty((tokens, heads * size), dtype=q_THK.dtype, device=q_THK.device)
+    out_TE = torch.empty((tokens, heads * size), dtype=q_THK.dtype, device=q_THK.device)
     if not tokens:
         return out_TE
     queries = tiling.rows // group
-    grid = (kv_heads, tokens // queries + requests + 1 if longest is None else requests, splits)
+    grid = (kv_heads, tokens // queries + requests + 1, splits)
     parts = sums = counters = out_TE  # not read
     if splits > 1:
         parts = torch.empty((splits, tokens, heads, size), dtype=torch.float32, device=q_THK.device)
@@ -143,7 +131,6 @@ def attend(
         ROWS=tiling.rows,
         KEYS=tiling.keys,
         SPLITS=splits,
-        LONGEST=longest or 0,
         PREFIX_PARTS=0 if prefixes is None else len(prefixes.parts),
         PRECISION="ieee" if q_THK.dtype == torch.float32 else "tf32",
         num_warps=tiling.warps,
@@ -162,13 +149,13 @@ def tile(
     block = max(16, triton.next_power_of_2(size))
     is_short = per_request <= 8  # decodes and drafts are bound by memory, prompts by arithmetic
     rows = triton.next_power_of_2(group * min(per_request, 128))
-    rows = min(max(SHORT_ROWS, rows), most_rows(size, itemsize))
+    rows = min(max(16, rows), most_rows(size, itemsize))
     rows = max(rows, triton.next_power_of_2(group))
     tiles = kv_heads * min(tokens, max(requests, -(-tokens // (rows // group))))  # most that have tokens, about
     widest = max(16, 32768 // (block * itemsize))
     splits = max(1, min(MAX_SPLITS, 2 * processors // max(1, tiles), -(-context // min(64, widest))))
     keys = min(widest, 32 if is_short and splits == 1 else 64)
-    return Tiling(rows=rows, keys=keys, splits=splits, warps=8 if rows >= 128 else 4, stages=2)
+    return Tiling(rows=rows, keys=keys, splits=splits, warps=8 if rows >= 128 or splits > 1 else 4, stages=2)
 
 
 def most_rows(size: int, itemsize: int) -> int:
@@ -242,7 +229,6 @@ def _attend_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
-    LONGEST: tl.constexpr,
     PREFIX_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -251,16 +237,12 @@ def _attend_kernel(
     wait(OVERLAP)
     kv_head, split = tl.program_id(0), tl.program_id(2)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # a prompt's last tiles see most, so they start first
-    request = tile
-    if not LONGEST:
-        request = segment_of(tile, starts_ptr, starts_stride, num_requests + 1, QUERIES)
+    request = segment_of(tile, starts_ptr, starts_stride, num_requests + 1, QUERIES)
     start = tl.load(starts_ptr + request * starts_stride)
     is_padding = request == num_requests  # tokens after the last request's
     end = tl.load(starts_ptr + (request + 1) * starts_stride, mask=request < num_requests, other=num_tokens)
     count = end - start
     offset = (tile - start // QUERIES - request) * QUERIES
-    if LONGEST:
-        offset = tl.where(count <= LONGEST, 0, count)
     if offset >= count:
         return
 

@@ -9,15 +9,16 @@ import torch
 import triton
 from torch import Tensor
 
+from dovetail_cuda.kernels.prompt_tiles import KEYS
+
 HOPPER = 9
 FIRST_TRITON = (3, 6)
 SIZES = (64, 128)
 """Head sizes that shared memory and registers have room for."""
-PAGES = (8, 16, 32, 64, 128)
 MOST_GROUPED = 64
 """Query heads per key/value head."""
 _ALIGNED = 8
-"""Elements between rows that the copy engine can address, in 16 bits."""
+"""Elements of 16 bits between rows that the copy engine can address, and rows of a pattern that it writes."""
 
 
 def takes_prompts(
@@ -30,7 +31,8 @@ def takes_prompts(
         _has_engine(q_THK.device)
         and q_THK.dtype == keys_BNPK.dtype != torch.float32
         and size in SIZES
-        and page in PAGES
+        and page % _ALIGNED == 0
+        and KEYS % page == 0
         and MOST_GROUPED % (heads // kv_heads) == 0
         and window is None
         and soft_cap is None

@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 COLUMNS = 6
-KEYS = 128
-"""Tiles are as long as others if they differ by less."""
+KEYS = 64
+"""Of a step of the kernel; tiles of as many steps are equally long."""
 
 
-def prompt_tiles(query_start_R1: Tensor, seq_lens_R: Tensor, tokens: int, queries: int, longest: int) -> Tensor:
+def prompt_tiles(query_start_R1: Tensor, seq_lens_R: Tensor, tokens: int, queries: int) -> Tensor:
     """int32 ``[tiles, COLUMNS]``; as many tiles as any step of these sizes can need, without waiting for the device.
 
     A row has the first token; how many queries attend; the first one's position; the request and its length; how many
-    tokens are written. Padding after the last request is written, but nothing attends. Tiles of requests of up to
-    ``longest`` tokens, which others compute, and tiles that nothing is left for, have zeros.
+    tokens are written. Padding after the last request is written, but nothing attends. Tiles that nothing is left for
+    have zeros.
 
     Args:
         queries: of a tile, at most.
@@ -28,9 +28,8 @@ def prompt_tiles(query_start_R1: Tensor, seq_lens_R: Tensor, tokens: int, querie
     tile = torch.arange(tokens // queries + requests + 1, device=device)
     request = torch.searchsorted(first_tiles, tile, right=True) - 1
     count, offset = counts[request], (tile - first_tiles[request]) * queries
-    is_real = request < requests
-    left = torch.where(is_real & (count <= longest), 0, count - offset).clamp(0, queries)
-    attending = torch.where(is_real, left, 0)
+    left = (count - offset).clamp(0, queries)
+    attending = torch.where(request < requests, left, 0)
     length = F.pad(seq_lens_R.long(), (0, 1))[request]
     position = torch.where(attending > 0, length - count + offset, 0)
     columns = torch.stack([starts[request] + offset, attending, position, request, length, left], 1)

@@ -31,7 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from dovetail_cuda.kernels.prompt_tiles import COLUMNS, KEYS
 
 ROWS = 128
-STAGES = 2
+STAGES = 4
 COPIED: gl.constexpr = gl.constexpr(64)
 """Elements of a row that the copy engine swizzles together; also the rows of a group of warps."""
 FAR_AWAY: gl.constexpr = gl.constexpr(1 << 30)
