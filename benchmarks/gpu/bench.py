@@ -26,6 +26,15 @@ from floor import Rates, Shape
 
 ENGINES_FOLDER = Path(__file__).parent / "engines"
 ENGINES = {"dovetail": "engine_dovetail.py", "vllm": "engine_vllm.py", "transformers": "engine_transformers.py"}
+CACHES = {
+    "XDG_CACHE_HOME": "xdg",
+    "DOVETAIL_CACHE": "dovetail",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "VLLM_CACHE_ROOT": "vllm",
+    "CUDA_CACHE_PATH": "driver",
+}
+"""What tells engines and the driver where to keep compiled kernels."""
 LATE_S = 20.0
 """How long past its deadline an engine's process may take to end by itself."""
 
@@ -61,14 +70,14 @@ class Results:
         return [(name, number) for number in range(repetitions) for name in have if number >= have[name]]
 
 
-def measure(engine: str, python: str, job: Line, environment: dict[str, str] | None = None) -> Iterator[Line]:
-    """Run an engine's process and yield what it says."""
+def measure(engine: str, python: str, job: Line, cache: Path | None = None) -> Iterator[Line]:
+    """Run an engine's process and yield what it says; with ``cache``, its compiled kernels are in a folder of it."""
     begun = time.time()
     process = subprocess.Popen(
         [python, str(ENGINES_FOLDER / ENGINES[engine]), json.dumps({**job, "begun": begun})],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, **({} if cache is None else {key: str(cache / engine / at) for key, at in CACHES.items()})},
         start_new_session=True,  # with its own children, it can be ended as a group
     )
     assert process.stdout is not None
@@ -156,6 +165,9 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(WORKLOADS))
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--results", type=Path, help="file of lines to add to, and to read what is measured from")
+    parser.add_argument(
+        "--cache", type=Path, help="folder for compiled kernels, by engine; default: where each has them"
+    )
     parser.add_argument("--deadline", type=float, default=600.0, help="seconds for each engine's process")
     parser.add_argument("--options", type=json.loads, default={}, help="of Dovetail's engine, as JSON")
     parser.add_argument("--skip-dovetail", action="store_true", help="only run peers; Dovetail's figures are known")
@@ -181,7 +193,7 @@ def main() -> None:
             "ceilings": engine == "dovetail",
             "options": arguments.options if engine == "dovetail" else {},
         }
-        for line in measure(engine, python, job):
+        for line in measure(engine, python, job, arguments.cache):
             results.add(engine, line)
     print("\n".join(Report(results, list(ENGINES), Shape.of(config), device).lines(names, arguments.model.name)))
 

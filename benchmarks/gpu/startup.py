@@ -16,22 +16,12 @@ from pathlib import Path
 
 from bench import device_name, measure
 
-CACHES = {
-    "XDG_CACHE_HOME": "xdg",
-    "DOVETAIL_CACHE": "dovetail",
-    "TRITON_CACHE_DIR": "triton",
-    "TORCHINDUCTOR_CACHE_DIR": "inductor",
-    "VLLM_CACHE_ROOT": "vllm",
-    "CUDA_CACHE_PATH": "driver",
-}
-
 
 def start(engine: str, python: str, model: Path, cache: Path, options: dict[str, object]) -> dict[str, float]:
     """Seconds until the engine was loaded, and until it had answered."""
     vocab = json.loads((model / "config.json").read_text())["vocab_size"]
     job = {"model": str(model), "vocab": vocab, "deadline": 300.0, "runs": [], "ceilings": False, "options": options}
-    places = {name: str(cache / folder) for name, folder in CACHES.items()}
-    lines = list(measure(engine, python, job, places))
+    lines = list(measure(engine, python, job, cache))
     ready = next((line for line in lines if "ready_s" in line), None)
     if ready is None:
         raise SystemExit(f"{engine} did not start: {lines}")
@@ -44,6 +34,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--starts", type=int, default=3, help="with a warm cache; there is one with an empty one")
     parser.add_argument("--options", type=json.loads, default={}, help="of Dovetail's engine, as JSON")
+    parser.add_argument(
+        "--cache", type=Path, help="a folder for what is compiled; empty, or the first start is warm too"
+    )
     parser.add_argument("--vllm", metavar="PYTHON", help="measure vllm with this interpreter")
     arguments = parser.parse_args()
     print(f"{arguments.model.name} on {device_name()}; process start → loaded, → first answer")
@@ -52,7 +45,8 @@ def main() -> None:
             continue
         options = arguments.options if engine == "dovetail" else {}
         with tempfile.TemporaryDirectory() as folder:
-            runs = [start(engine, python, arguments.model, Path(folder), options) for _ in range(1 + arguments.starts)]
+            cache = arguments.cache or Path(folder)
+            runs = [start(engine, python, arguments.model, cache, options) for _ in range(1 + arguments.starts)]
         for title, some in (("empty cache", runs[:1]), ("warm cache, median", runs[1:])):
             loaded, ready = (statistics.median(run[key] for run in some) for key in ("loaded_s", "ready_s"))
             print(f"{engine:<10} {title:<20} {loaded:6.1f} s {ready:6.1f} s   ({len(some)})", flush=True)
