@@ -26,7 +26,7 @@ PRODUCTS = (
     *((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256)),  # of the 8B model
     *((1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024), (1024, 151936)),  # of a 0.6B model
 )
-PRODUCT_TOKENS = (1, 4, 64)
+PRODUCT_TOKENS = (1, 4)
 APART = 2**29
 """Bytes that a case's inputs have together, at least."""
 

@@ -102,7 +102,7 @@ def tile(outputs: int, inputs: int, tokens: int, itemsize: int) -> Tiling:
     return Tiling(rows, block, max(1, block // per_warp))
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "outputs"])
 def _matvec_kernel(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,

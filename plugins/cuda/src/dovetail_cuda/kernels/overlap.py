@@ -15,7 +15,7 @@ import triton.language as tl
 
 FIRST = (9, 0)
 """Compute capability from which kernels can overlap."""
-_PREFETCH_ONCE: tl.constexpr = tl.constexpr(
+_PREFETCH: tl.constexpr = tl.constexpr(
     """{
     .reg .pred is_first;
     .reg .pred is_asked;
@@ -23,14 +23,6 @@ _PREFETCH_ONCE: tl.constexpr = tl.constexpr(
     mov.u32 thread, %tid.x;
     setp.eq.u32 is_first, thread, 0;
     setp.gt.and.s32 is_asked, $2, 0, is_first;
-    @is_asked cp.async.bulk.prefetch.L2.global [$1], $2;
-    mov.u32 $0, 0;
-    }"""
-)
-_PREFETCH_EACH: tl.constexpr = tl.constexpr(
-    """{
-    .reg .pred is_asked;
-    setp.gt.s32 is_asked, $2, 0;
     @is_asked cp.async.bulk.prefetch.L2.global [$1], $2;
     mov.u32 $0, 0;
     }"""
@@ -68,13 +60,4 @@ def prefetch(start: tl.tensor, size: tl.tensor, OVERLAP: tl.constexpr) -> None:
         size: int32 bytes, a multiple of 16; nothing happens for none.
     """
     if OVERLAP:
-        tl.inline_asm_elementwise(_PREFETCH_ONCE, "=r,l,r", [start.to(tl.int64), size], tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def prefetch_each(starts: tl.tensor, sizes: tl.tensor, OVERLAP: tl.constexpr) -> None:
-    """:func:`prefetch` from several places, one or more per thread."""
-    if OVERLAP:
-        tl.inline_asm_elementwise(
-            _PREFETCH_EACH, "=r,l,r", [starts.to(tl.int64), sizes], tl.int32, is_pure=False, pack=1
-        )
+        tl.inline_asm_elementwise(_PREFETCH, "=r,l,r", [start.to(tl.int64), size], tl.int32, is_pure=False, pack=1)
