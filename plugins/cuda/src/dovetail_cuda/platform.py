@@ -22,7 +22,7 @@ from dovetail.contracts.platform import (
 from dovetail.errors import ConfigError
 from dovetail_cuda.graphs import GraphPool, GraphStep
 from dovetail_cuda.kernel_cache import KernelCache
-from dovetail_cuda.shapes import GRAPH_TOKENS, GraphShapes
+from dovetail_cuda.shapes import GraphShapes
 from dovetail_cuda.transfers import Transfers
 
 if TYPE_CHECKING:
@@ -116,10 +116,10 @@ class CudaPlatform(Platform):
         return self._transfers.download(tensors)
 
     def compile(self, step: StepFunction, bucket: Bucket) -> StepFunction:
-        """A graph for small steps; large ones keep the device busy while the host launches."""
+        """A graph, for large steps too: those of small models end before the host has launched all of their kernels."""
         if self._pool is None:
             return step
-        run = step if bucket.num_tokens > GRAPH_TOKENS else GraphStep(step, self._pool)
+        run = GraphStep(step, self._pool)
         return run if self._has_all_kernels() else self._compiled_ahead(step, run, bucket)
 
     def _has_all_kernels(self) -> bool:
@@ -127,9 +127,10 @@ class CudaPlatform(Platform):
 
     def _compiled_ahead(self, step: StepFunction, run: StepFunction, bucket: Bucket) -> StepFunction:
         from dovetail_cuda.compile_ahead import CompiledAhead, Compilers
+        from dovetail_cuda.sampling_ahead import sample_every_way
 
         if self._compilers is None:
-            self._compilers = Compilers()
+            self._compilers = Compilers(sample_every_way)
 
         def done() -> None:
             if self._kernels is not None and bucket.num_tokens == 1:  # warm-up ends with the smallest

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 from dovetail.contracts.platform import Bucket, ShapePolicy
 
-GRAPH_TOKENS = 512
-"""Largest step that is captured as a graph; above, the device computes longer than the host takes to launch."""
 FEW = (1, 8, 64, 512)
 """What start-up tries when all kernels are there."""
 _STEPS_PER_OCTAVE = 4
