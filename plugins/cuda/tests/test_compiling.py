@@ -129,7 +129,8 @@ PADDING, REAL = SimpleNamespace(max_seq_len=0), SimpleNamespace(max_seq_len=7)
 
 
 def test_kernels_of_all_sizes_are_compiled_together(compiler):
-    compilers, seen, finished = Compilers(), [], []
+    followed = []
+    compilers, seen, finished = Compilers(followed.append), [], []
     sizes = []
     for names in (["a", "b", "c"], ["c", "d"]):
         step = step_of(names, seen)
@@ -144,12 +145,15 @@ def test_kernels_of_all_sizes_are_compiled_together(compiler):
     assert compiler.launched == ["a", "b", "c", "c", "d"]
     assert [out[:, 0].tolist() for out in outputs] == [[1, 2, 3], [1, 2]]
     assert finished == [1, 1]
+    assert [logits.tolist() for logits in followed] == [[0]]
 
 
 def test_a_real_step_is_complete_when_first_met(compiler):
     ran = []
     step = step_of(["a", "b"], [])
-    ahead = CompiledAhead(step, lambda *args: (ran.append(1), step(*args))[1], Compilers(), lambda: None)
+    ahead = CompiledAhead(
+        step, lambda *args: (ran.append(1), step(*args))[1], Compilers(lambda logits: None), lambda: None
+    )
     out, _ = ahead(REAL, [])
     assert out[:, 0].tolist() == [1, 2]
     assert compiler.launched == ["a", "b"]
@@ -160,6 +164,6 @@ def test_a_real_step_is_complete_when_first_met(compiler):
 def test_what_is_compiled_already_runs_when_it_is_met(compiler):
     compiler.done["a"] = Kernel()
     step = step_of(["a", "b"], [])
-    out, _ = CompiledAhead(step, step, Compilers(), lambda: None)(PADDING, [])
+    out, _ = CompiledAhead(step, step, Compilers(lambda logits: None), lambda: None)(PADDING, [])
     assert compiler.launched == ["a"]
     assert out[:, 0].tolist() == [1, 0]

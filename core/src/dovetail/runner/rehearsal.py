@@ -83,14 +83,17 @@ def warm_up(
     """Run every bucket on padding, and sample so many rows in every way."""
     passes = [forward] if draft is None else [forward, draft.forward]
     buckets = [(each, bucket) for each in passes for bucket in each.ladder]
-    sampled: set[int] = set()
+    rows: set[int] = set()
+    widest_SV: Tensor | None = None
     for done, (each, bucket) in enumerate(buckets):
         progress.update("warm-up", done, len(buckets))
         logits_SV = each.warm_up(bucket)
-        if each is forward and ops.sample is not reference.sample:
-            for rows in {bucket.num_requests, max(1, bucket.num_requests - 1)} - sampled:  # even and odd
-                sample_every_way(sampler, logits_SV[:rows])
-                sampled.add(rows)
+        if each is forward:
+            rows |= {bucket.num_requests, max(1, bucket.num_requests - 1)}  # even and odd
+            widest_SV = logits_SV if widest_SV is None or len(logits_SV) > len(widest_SV) else widest_SV
+    if widest_SV is not None and ops.sample is not reference.sample:
+        for count in sorted(rows):
+            sample_every_way(sampler, widest_SV[:count])
     progress.update("warm-up", len(buckets), len(buckets))
 
 

@@ -50,6 +50,7 @@ class CompiledAhead:
             self._is_known = True
             with self._compilers.left_out():
                 outputs = self._step(step, metadata)
+                self._compilers.follow(outputs[1])
             if step.max_seq_len == 0:
                 return outputs
         self._compilers.wait()
@@ -62,8 +63,16 @@ class CompiledAhead:
 class Compilers:
     """Threads that compile what is left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, then: Callable[[Tensor], None]) -> None:
+        """``then`` launches what is to be compiled as well, given the logits of the first step that is met."""
         self._mode = _Mode(_Pool())
+        self._then: Callable[[Tensor], None] | None = then
+
+    def follow(self, logits_SV: Tensor) -> None:
+        """What comes after a step."""
+        if self._then is not None:
+            self._then(logits_SV)
+            self._then = None
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
