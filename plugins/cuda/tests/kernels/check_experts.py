@@ -40,7 +40,7 @@ def test_everyone_chooses_the_same(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_tokens(dtype, monkeypatch):
     """Choices in several chunks; tiles with and without a rest, and rests alone."""
-    monkeypatch.setattr(expert_order, "COUNTED", 128)
+    monkeypatch.setattr(expert_order, "COUNTED", (64, 128))
     monkeypatch.setattr(expert_order, "PROGRAMS", 8)
     monkeypatch.setattr(
         experts, "tilings", lambda rows, x: (Tiling(32, 16, 32, 4, 2, 16), Tiling(32, 32, 16, 4, 2, 16))

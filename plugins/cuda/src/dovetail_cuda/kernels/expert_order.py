@@ -14,14 +14,14 @@ from torch import Tensor
 
 from dovetail_cuda.kernels.overlap import overlapped, release, wait
 
-COUNTED = 2048
-"""Choices that a program counts, at most."""
+COUNTED = 512, 2048
+"""Choices that a program counts, where there are few, and where there are many."""
 PLACED = 32, 128
-"""Choices that a program places, where there are few, and where there are many."""
+"""Choices that a program places."""
 PROGRAMS = 128
 """From so many on, a program places more choices."""
 TILES = 8
-"""Tiles that it describes, at most."""
+"""Tiles that it describes."""
 
 
 class Order(NamedTuple):
@@ -53,7 +53,7 @@ def order_by_expert(expert_ids_TA: Tensor, experts: int, rows: int, rest: int) -
     )
     placed = min(PLACED[1], max(PLACED[0], triton.next_power_of_2(choices // PROGRAMS)))
     programs = max(triton.cdiv(choices, placed), triton.cdiv(tiles, TILES))
-    counted = max(placed, min(COUNTED, triton.next_power_of_2(choices)))
+    counted = COUNTED[choices > COUNTED[0]]
     chunks = triton.cdiv(choices, counted)
     bins = triton.next_power_of_2(max(experts, 64))
     counts = torch.empty((chunks, bins), dtype=torch.int32, device=device)
@@ -69,7 +69,7 @@ def order_by_expert(expert_ids_TA: Tensor, experts: int, rows: int, rest: int) -
         **shape,
         CHUNKS=triton.next_power_of_2(chunks),
         PLACED=placed,
-        TILES=triton.next_power_of_2(triton.cdiv(tiles, programs)),
+        TILES=TILES,
         ROWS=rows,
         REST=rest,
         num_warps=8,
