@@ -129,22 +129,21 @@ PADDING, REAL = SimpleNamespace(max_seq_len=0), SimpleNamespace(max_seq_len=7)
 
 
 def test_kernels_of_all_sizes_are_compiled_together(compiler):
-    followed = []
-    compilers, seen, finished = Compilers(followed.append), [], []
-    sizes = []
-    for names in (["a", "b", "c"], ["c", "d"]):
-        step = step_of(names, seen)
-        sizes.append(CompiledAhead(step, step, compilers, lambda: finished.append(1)))
-    for size in sizes:
-        size(PADDING, [])
-    assert seen == [[0, 0, 0]] * 5
-    assert compiler.launched == []
-    outputs = [size(PADDING, [])[0] for size in sizes]
+    followed, seen, finished = [], [], []
+    compilers = Compilers(followed.append)
+    first, second = step_of(["a", "b", "c"], seen), step_of(["c", "d"], seen)
+    larger = CompiledAhead(first, first, compilers)
+    smallest = CompiledAhead(second, second, compilers, last=lambda: finished.append(1))
+    assert larger(PADDING, [])[0].tolist() == [[0, 0, 0]] * 3
+    assert (compiler.launched, finished) == ([], [])
+    out, _ = smallest(PADDING, [])
     assert compiler.at_once > 1
     assert sorted(compiler.compiled) == ["a", "b", "c", "d"]
-    assert compiler.launched == ["a", "b", "c", "c", "d"]
-    assert [out[:, 0].tolist() for out in outputs] == [[1, 2, 3], [1, 2]]
-    assert finished == [1, 1]
+    assert compiler.launched == ["c", "d"]
+    assert seen[:5] == [[0, 0, 0]] * 5
+    assert (out[:, 0].tolist(), finished) == ([1, 2], [1])
+    assert larger(REAL, [])[0][:, 0].tolist() == [1, 2, 3]
+    assert sorted(compiler.compiled) == ["a", "b", "c", "d"]
     assert [logits.tolist() for logits in followed] == [[0]]
 
 
@@ -164,6 +163,6 @@ def test_a_real_step_is_complete_when_first_met(compiler):
 def test_what_is_compiled_already_runs_when_it_is_met(compiler):
     compiler.done["a"] = Kernel()
     step = step_of(["a", "b"], [])
-    out, _ = CompiledAhead(step, step, Compilers(lambda logits: None), lambda: None)(PADDING, [])
+    out, _ = CompiledAhead(step, step, Compilers(lambda logits: None))(PADDING, [])
     assert compiler.launched == ["a"]
     assert out[:, 0].tolist() == [1, 0]

@@ -28,8 +28,8 @@ def test_a_start_that_compiles_nothing_tries_few_sizes():
     few = GraphShapes(max_tokens=2048, max_requests=64, every_size=False).ladder()
     assert few == [(512, 64), (64, 64), (8, 8), (1, 1)]
     every = GraphShapes(max_tokens=2048, max_requests=64).ladder()
-    assert [bucket.num_tokens for bucket in every[:-4]] == rungs(2048)[::-1]
-    assert every[-4:] == few
+    assert [bucket.num_tokens for bucket in every] == rungs(2048)[::-1]
+    assert set(few) <= set(every)
 
 
 def test_what_exceeds_the_largest_step_is_refused():

@@ -26,37 +26,40 @@ class CompiledAhead:
     Met for the first time, it is gone through without the kernels that are not compiled yet, while threads compile
     them. What such a kernel would have written is zero meanwhile: an index into anything, and a number like any other.
     If it was a step of padding, whose results nobody reads, that is all for now, and the next size can be met while the
-    threads work.
+    threads work; but the last size runs, when they are done.
     """
 
-    def __init__(self, step: StepFunction, run: StepFunction, compilers: Compilers, then: Callable[[], None]) -> None:
+    def __init__(
+        self, step: StepFunction, run: StepFunction, compilers: Compilers, last: Callable[[], None] | None = None
+    ) -> None:
         """Prepare one size.
 
         Args:
             step: what launches the kernels.
             run: the form in which it runs.
-            then: called after the first complete run.
+            last: given for the last size of warm-up, called when it has run.
         """
         self._step, self._run = step, run
         self._compilers = compilers
-        self._then: Callable[[], None] | None = then
-        self._is_known = False
+        self._last = last
+        self._is_met = self._has_run = False
 
     def __call__(self, step: StepTensors, metadata: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Run the step."""
-        if self._then is None:
+        if self._has_run:
             return self._run(step, metadata)
-        if not self._is_known:
-            self._is_known = True
+        if not self._is_met:
+            self._is_met = True
             with self._compilers.left_out():
                 outputs = self._step(step, metadata)
                 self._compilers.follow(outputs[1])
-            if step.max_seq_len == 0:
+            if step.max_seq_len == 0 and self._last is None:
                 return outputs
         self._compilers.wait()
         outputs = self._run(step, metadata)
-        self._then()
-        self._then = None
+        self._has_run = True
+        if self._last is not None:
+            self._last()
         return outputs
 
 

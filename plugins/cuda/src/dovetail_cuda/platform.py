@@ -74,8 +74,9 @@ class CudaPlatform(Platform):
         return self._device
 
     def memory(self) -> MemoryInfo:
-        """Free memory, with what torch keeps for allocations to come. Graphs have a pool of their own, which no step of
-        theirs fills more than the largest step takes.
+        """Free memory, with what torch keeps for allocations to come. Graphs have a pool of their own: they share what
+        their steps need on the way, but each has its hidden states and logits. All together take less than twice what
+        the largest step and its sampling do.
         """
         torch.cuda.empty_cache()  # what is left of earlier tensors is in pieces, and the KV cache's are large
         free, total = torch.cuda.mem_get_info(self._device)
@@ -88,7 +89,7 @@ class CudaPlatform(Platform):
             available=free + reserved - allocated,
             dedicated=True,
             held=held,
-            peak=held + step * (1 if self._pool is None else 2),
+            peak=held + step * (1 if self._pool is None else 3),
         )
 
     @classmethod
@@ -132,11 +133,12 @@ class CudaPlatform(Platform):
         if self._compilers is None:
             self._compilers = Compilers(sample_every_way)
 
-        def done() -> None:
-            if self._kernels is not None and bucket.num_tokens == 1:  # warm-up ends with the smallest
-                self._kernels.complete()
+        is_last = bucket.num_tokens == 1  # the ladder ends with the smallest
+        return CompiledAhead(step, run, self._compilers, self._all_are_met if is_last else None)
 
-        return CompiledAhead(step, run, self._compilers, done)
+    def _all_are_met(self) -> None:
+        if self._kernels is not None:
+            self._kernels.complete()
 
 
 def _why_none() -> str:

@@ -43,10 +43,8 @@ class GraphShapes(ShapePolicy):
         return Bucket(tokens, min(tokens, self._max_requests))
 
     def ladder(self) -> Sequence[Bucket]:
-        """Those of :data:`FEW`; before them, where kernels are to be compiled, every rung to meet them."""
-        down = self._tokens[::-1]
-        tried = [tokens for tokens in down if tokens in FEW]
-        rungs = down + tried if self._every_size else tried
+        """Every rung, or those of :data:`FEW`."""
+        rungs = [tokens for tokens in reversed(self._tokens) if self._every_size or tokens in FEW]
         return [Bucket(tokens, min(tokens, self._max_requests)) for tokens in rungs]
 
 

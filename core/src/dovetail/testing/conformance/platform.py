@@ -262,8 +262,8 @@ class PlatformSuite(Suite):
         self.equal(alone[0], together[0], "tokens of a seeded request alone, and in a batch of 3")
 
     def test_compiles_each_bucket_once(self, checkpoint: Path) -> None:
-        """platform.16: an engine compiles each bucket once, and with static shapes none after warm-up; every step of a
-        bucket then has the same shapes.
+        """platform.16: an engine compiles each bucket of a step once, and with static shapes none after warm-up; every
+        step of a bucket then has the same shapes.
         """
         self.make()
         watched = _watched(self.tested.cls)
@@ -271,11 +271,13 @@ class PlatformSuite(Suite):
         selection = selection_of(watched, self.manifest.name)
         config = self._config(checkpoint, dtype, next(self._backends(dtype)), selection)
         generate(config, [[1] * length for length in (50, 9, 1, 30, 20, 40, 3)], max_tokens=6)
-        buckets = watched.seen_buckets
-        self.equal({bucket for bucket in buckets if buckets.count(bucket) > 1}, set(), "buckets compiled twice")
+        steps = watched.seen_steps
+        twice = {bucket for step, bucket in steps if steps.count((step, bucket)) > 1}
+        self.equal(twice, set(), "buckets compiled twice")
         policy = self.make().shape_policy(config.max_num_batched_tokens, config.max_num_seqs)
         if policy.static:
-            self.equal(sorted(buckets), sorted(policy.ladder()), "buckets compiled by warm-up and 7 requests")
+            buckets = sorted({bucket for _, bucket in steps})
+            self.equal(buckets, sorted(policy.ladder()), "buckets compiled by warm-up and 7 requests")
             varied = {tuple(bucket): shapes for bucket, shapes in watched.seen_shapes.items() if len(shapes) > 1}
             self.equal(varied, {}, "buckets whose steps differ in shape")
 
@@ -361,11 +363,11 @@ def _watched(cls: Any) -> Any:
     """A subclass that notes which buckets are compiled, and the shapes of their steps."""
 
     class Watched(cls):
-        seen_buckets: list[Bucket] = []  # noqa: RUF012  one list for the class is meant: it is made for one test
+        seen_steps: list[tuple[Any, Bucket]] = []  # noqa: RUF012  one list for the class is meant: it is made for one test
         seen_shapes: dict[Bucket, set[Any]] = {}  # noqa: RUF012
 
         def compile(self, step: Any, bucket: Bucket) -> Any:
-            self.seen_buckets.append(bucket)
+            self.seen_steps.append((step, bucket))
             run = super().compile(step, bucket)
 
             def noted(tensors: StepTensors, metadata: Any) -> Any:
