@@ -10,7 +10,7 @@ from torch import Tensor
 from dovetail.ops.sampling import SamplingTensors, scale_logits
 from dovetail_cuda.kernels.floors import find_candidates, floor_among, is_filtered, last_reaching, outer_floor, weight
 from dovetail_cuda.kernels.ranking import CANDIDATES, GROUPS, number, ordered, packed_key, scaled
-from dovetail_cuda.kernels.scan import scan
+from dovetail_cuda.kernels.scan import PARAMETERS, scan
 
 BLOCK = 4096
 
@@ -43,7 +43,7 @@ def filter_logits(logits_SV: Tensor, params: SamplingTensors) -> Tensor:
     return out_SV
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=PARAMETERS)
 def _floor_kernel(
     logits_ptr: tl.tensor,
     stride: tl.tensor,

@@ -29,7 +29,7 @@ from dovetail_cuda.kernels.ranking import (
     packed_key,
     scaled,
 )
-from dovetail_cuda.kernels.scan import scan
+from dovetail_cuda.kernels.scan import PARAMETERS, scan
 
 _CANDIDATES = tl.constexpr(CANDIDATES)
 _CHUNK = tl.constexpr(CHUNK)
@@ -57,7 +57,7 @@ def sample(logits_SV: Tensor, params: SamplingTensors) -> Tensor:
     return tokens_S
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=PARAMETERS)
 def _choose_kernel(
     logits_ptr: tl.tensor,
     stride: tl.tensor,

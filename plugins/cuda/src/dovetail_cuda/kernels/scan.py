@@ -18,6 +18,9 @@ from dovetail_cuda.kernels.ranking import CANDIDATES, GROUP, GROUPS, group_maxim
 UNFILTERED_GROUP = 16
 """Elements of a tile's group where no row has filters, which costs fewer registers."""
 
+PARAMETERS = ("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seeds_ptr", "positions_ptr")
+"""Arguments of which a program reads a single number: where they begin depends on the number of rows."""
+
 _GROUPS = tl.constexpr(GROUPS)
 _SAMPLE = tl.constexpr(int(Stream.SAMPLE))
 
@@ -67,7 +70,7 @@ def _columns(params: SamplingTensors) -> list[Tensor]:
     return columns if params.all_greedy else [column.contiguous() for column in columns]
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=PARAMETERS)
 def _scan_kernel(
     logits_ptr: tl.tensor,
     stride: tl.tensor,
