@@ -72,7 +72,7 @@ def test_odd_sizes(tokens):
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("tokens", "experts", "active"), [(1, 128, 8), (41, 5, 3), (9, 33, 2)])
 def test_choose(dtype, normalize, tokens, experts, active, monkeypatch):
-    monkeypatch.setattr(routing, "PROGRAMS", 8)
+    monkeypatch.setattr(routing, "MANY", 8)
     logits = (3 * randn(tokens, experts + 3)).to(dtype)[:, 3:]
     ids, weights = choose_experts(logits, active, normalize)
     best, chosen = reference.choose_experts(logits.double(), active, normalize)

@@ -10,9 +10,9 @@ from torch import Tensor
 from dovetail_cuda.kernels.overlap import overlapped, release, wait
 
 ELEMENTS = 1024
-"""Logits of a program, at most."""
-PROGRAMS = 256
-"""From so many on, a program takes several tokens."""
+"""Logits of a program that takes several tokens."""
+MANY = 1024
+"""Tokens beyond which programs do."""
 
 
 def choose_experts(logits_TE: Tensor, num_active: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,7 @@ def choose_experts(logits_TE: Tensor, num_active: int, normalize: bool) -> tuple
     weights_TA = torch.empty((tokens, num_active), dtype=torch.float32, device=logits_TE.device)
     if tokens:
         padded = triton.next_power_of_2(experts)
-        rows = max(1, min(ELEMENTS // padded, triton.next_power_of_2(tokens // PROGRAMS)))
+        rows = max(1, ELEMENTS // padded) if tokens > MANY else 1
         _choose_kernel[(triton.cdiv(tokens, rows),)](
             logits_TE,
             ids_TA,
