@@ -15,6 +15,7 @@ from dovetail_cuda.kernels.linear import linear, linear_silu_and_mul
 from dovetail_cuda.kernels.logprobs import top_logprobs
 from dovetail_cuda.kernels.norm import add_rms_norm, rms_norm
 from dovetail_cuda.kernels.penalties import penalize
+from dovetail_cuda.kernels.residual import sample_residual
 from dovetail_cuda.kernels.rotary import rotary
 from dovetail_cuda.kernels.routing import choose_experts
 from dovetail_cuda.kernels.sampling import sample
@@ -38,6 +39,7 @@ def table() -> Mapping[str, Callable[..., Any]]:
         "penalize": penalize,
         "sample": sample,
         "filter_logits": filter_logits,
+        "sample_residual": sample_residual,
         "top_logprobs": top_logprobs,
         **quantized.table(),
     }

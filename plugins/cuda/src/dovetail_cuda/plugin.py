@@ -25,6 +25,7 @@ OPS = frozenset(
         "penalize",
         "sample",
         "filter_logits",
+        "sample_residual",
         "top_logprobs",
         "quantize_rows",
         "weight_only_pack",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dovetail.ops.sampling import SamplingTensors, scale_logits
 from dovetail_cuda.kernels.floors import find_candidates, floor_among, is_filtered, last_reaching, outer_floor, weight
+from dovetail_cuda.kernels.overlap import overlapped, release, wait
 from dovetail_cuda.kernels.ranking import CANDIDATES, GROUPS, number, ordered, packed_key, scaled
 from dovetail_cuda.kernels.scan import PARAMETERS, scan
 
@@ -34,11 +35,12 @@ def filter_logits(logits_SV: Tensor, params: SamplingTensors) -> Tensor:
         TILES=triton.next_power_of_2(scanned.tiles),
         VECTOR=scanned.vector,
         num_warps=16,
+        **overlapped(device),
     )
     out_SV = torch.empty(rows, width, dtype=torch.float32, device=device)
     logits_SV, stride, _, temperature_S = scanned.arguments[:4]
     _drop_kernel[(triton.cdiv(width, BLOCK), rows)](
-        logits_SV, stride, width, temperature_S, floors_S, out_SV, BLOCK=BLOCK, num_warps=8
+        logits_SV, stride, width, temperature_S, floors_S, out_SV, BLOCK=BLOCK, num_warps=8, **overlapped(device)
     )
     return out_SV
 
@@ -62,7 +64,10 @@ def _floor_kernel(
     tiles: tl.tensor,
     TILES: tl.constexpr,
     VECTOR: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    release(OVERLAP)
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
     pairs = tl.load(best_ptr + row * tiles + tile, mask=tile < tiles, other=-0x8000000000000000)
@@ -134,7 +139,10 @@ def _drop_kernel(
     floors_ptr: tl.tensor,
     out_ptr: tl.tensor,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    release(OVERLAP)
+    wait(OVERLAP)
     row = tl.program_id(1).to(tl.int64)
     temperature = tl.load(temperature_ptr + row)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

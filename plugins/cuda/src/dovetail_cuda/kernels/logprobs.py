@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dovetail.ops import reference
+from dovetail_cuda.kernels.overlap import overlapped, release, wait
 from dovetail_cuda.kernels.ranking import (
     CANDIDATES,
     COARSE,
@@ -56,7 +57,7 @@ def top_logprobs(logits_SV: Tensor, tokens_S: Tensor, k: int) -> tuple[Tensor, T
             scratch = torch.empty(rows, 2 * CANDIDATES, dtype=torch.int64, device=device)
         arguments = (logits_SV, logits_SV.stride(0), width, tokens_S.contiguous(), parts, maxima)
         vector = 16 // logits_SV.element_size()
-        _scan_kernel[(tiles, rows)](*arguments, NAMED=k > 0, VECTOR=vector, num_warps=4)
+        _scan_kernel[(tiles, rows)](*arguments, NAMED=k > 0, VECTOR=vector, num_warps=4, **overlapped(device))
         _report_kernel[(rows,)](
             *arguments,
             scratch,
@@ -68,6 +69,7 @@ def top_logprobs(logits_SV: Tensor, tokens_S: Tensor, k: int) -> tuple[Tensor, T
             TILES=triton.next_power_of_2(tiles),
             VECTOR=vector,
             num_warps=8 if k else 1,
+            **overlapped(device),
         )
     return logprobs[:, 0], ranks_ids[:, 0], ranks_ids[:, 1:], logprobs[:, 1:]
 
@@ -82,7 +84,10 @@ def _scan_kernel(
     maxima_ptr: tl.tensor,
     NAMED: tl.constexpr,
     VECTOR: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    release(OVERLAP)
+    wait(OVERLAP)
     tile, row, tiles = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     row_ptr = logits_ptr + row * stride
     columns = tile_columns(tile, _GROUP, VECTOR)
@@ -114,7 +119,10 @@ def _report_kernel(
     NAMED: tl.constexpr,
     TILES: tl.constexpr,
     VECTOR: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    release(OVERLAP)
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
     tile = tl.arange(0, TILES)

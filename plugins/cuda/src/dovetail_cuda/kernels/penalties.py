@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096
+BLOCK = 1024
 
 
 def penalize(
@@ -26,7 +26,7 @@ def penalize(
             in_prompt_BV.view(torch.uint8),
             width,
             BLOCK=BLOCK,
-            num_warps=8,
+            num_warps=4,
         )
 
 

@@ -39,7 +39,7 @@ def sample_residual(probs_RV: Tensor, draft_probs_RV: Tensor, params: SamplingTe
             **overlapped(device),
         )
         size = triton.next_power_of_2(tiles)
-        _choose_kernel[(rows,)](best, tokens_R, tiles, TILES=size, num_warps=1, **overlapped(device))
+        _choose_kernel[(rows,)](best, tokens_R, width, tiles, TILES=size, num_warps=1, **overlapped(device))
     return tokens_R
 
 
@@ -77,7 +77,12 @@ def _best(scores: tl.tensor, columns: tl.tensor, inside: tl.tensor) -> tl.tensor
 
 @triton.jit
 def _choose_kernel(
-    best_ptr: tl.tensor, tokens_ptr: tl.tensor, tiles: tl.tensor, TILES: tl.constexpr, OVERLAP: tl.constexpr
+    best_ptr: tl.tensor,
+    tokens_ptr: tl.tensor,
+    width: tl.tensor,
+    tiles: tl.tensor,
+    TILES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     release(OVERLAP)
     wait(OVERLAP)
@@ -85,4 +90,5 @@ def _choose_kernel(
     best_ptr += row * 2 * tiles + tile
     left = tl.max(tl.load(best_ptr, mask=tile < tiles, other=-0x8000000000000000))
     whole = tl.max(tl.load(best_ptr + tiles, mask=tile < tiles, other=-0x8000000000000000))
-    tl.store(tokens_ptr + row, packed_column(tl.where(packed_key(left) > _NOTHING, left, whole)).to(tl.int64))
+    column = packed_column(tl.where(packed_key(left) > _NOTHING, left, whole))
+    tl.store(tokens_ptr + row, tl.minimum(column, width - 1).to(tl.int64))

@@ -19,6 +19,7 @@ from dovetail.ops.random import Stream
 from dovetail.ops.sampling import SamplingTensors
 from dovetail_cuda.kernels.floors import CHUNK, find_candidates, floor_among, is_filtered, outer_floor, weight
 from dovetail_cuda.kernels.noise import gumbel, row_key
+from dovetail_cuda.kernels.overlap import overlapped, release, wait
 from dovetail_cuda.kernels.ranking import (
     CANDIDATES,
     GROUPS,
@@ -53,6 +54,7 @@ def sample(logits_SV: Tensor, params: SamplingTensors) -> Tensor:
             TILES=triton.next_power_of_2(scanned.tiles),
             VECTOR=scanned.vector,
             num_warps=16 if filtered else 1,
+            **overlapped(logits_SV.device),
         )
     return tokens_S
 
@@ -77,7 +79,10 @@ def _choose_kernel(
     FILTERED: tl.constexpr,
     TILES: tl.constexpr,
     VECTOR: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    release(OVERLAP)
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
     pairs = tl.load(best_ptr + row * tiles + tile, mask=tile < tiles, other=-0x8000000000000000)
@@ -108,7 +113,8 @@ def _choose_kernel(
                 TILES * _GROUPS,
                 VECTOR,
             )
-    tl.store(tokens_ptr + row, column.to(tl.int64))
+    # whatever the scan may have left, for the token is an index next
+    tl.store(tokens_ptr + row, tl.minimum(column, width - 1).to(tl.int64))
 
 
 @triton.jit
@@ -183,8 +189,8 @@ def _draw_anywhere(
     while searching:
         column = _best(row_ptr, width, temperature, noise_key, reach)
         drawn = ordered(tl.div_rn(tl.load(row_ptr + column).to(tl.float32), temperature))
+        searching = (top_p < 1) & (drawn < ordered(largest)) & (drawn >= reach)
         reach = drawn + 1
-        searching = (top_p < 1) & (drawn < ordered(largest))
         if searching:
             searching = weight(row_ptr, width, temperature, largest, reach, True) >= top_p * total
     return column

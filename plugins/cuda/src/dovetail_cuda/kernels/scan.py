@@ -13,6 +13,7 @@ from dovetail.ops.random import Stream
 from dovetail.ops.sampling import SamplingTensors
 from dovetail_cuda.kernels.floors import is_filtered
 from dovetail_cuda.kernels.noise import gumbel, row_key
+from dovetail_cuda.kernels.overlap import overlapped, release, wait
 from dovetail_cuda.kernels.ranking import CANDIDATES, GROUP, GROUPS, group_maxima, ordered, packed, tile_columns
 
 UNFILTERED_GROUP = 16
@@ -59,7 +60,14 @@ def scan(logits_SV: Tensor, params: SamplingTensors, *, filtered: bool, drawn: b
         scratch = torch.empty(rows, 2 * CANDIDATES, dtype=torch.int64, device=device)
     arguments = (logits_SV, logits_SV.stride(0), width, *_columns(params), best, sums, maxima)
     _scan_kernel[(tiles, rows)](
-        *arguments, GREEDY=params.all_greedy, FILTERED=filtered, DRAWN=drawn, GROUP=group, VECTOR=vector, num_warps=4
+        *arguments,
+        GREEDY=params.all_greedy,
+        FILTERED=filtered,
+        DRAWN=drawn,
+        GROUP=group,
+        VECTOR=vector,
+        num_warps=4,
+        **overlapped(device),
     )
     return Scanned((*arguments, scratch), tiles, vector)
 
@@ -89,7 +97,10 @@ def _scan_kernel(
     DRAWN: tl.constexpr,
     GROUP: tl.constexpr,
     VECTOR: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    release(OVERLAP)
+    wait(OVERLAP)
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     place = row * tl.num_programs(0) + tile
     columns = tile_columns(tile, GROUP, VECTOR)
