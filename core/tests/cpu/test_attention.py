@@ -26,7 +26,12 @@ def backend(dtype: torch.dtype, block_size: int = 16) -> CpuAttention:
 
 def bench(dtype: torch.dtype, block_size: int = 16) -> Bench:
     return Bench(
-        backend=backend(dtype, block_size), device=CPU, dtype=dtype, block_size=block_size, fail=pytest.fail
+        backend=backend(dtype, block_size),
+        device=CPU,
+        ops=OpTable(),
+        dtype=dtype,
+        block_size=block_size,
+        fail=pytest.fail,
     )
 
 

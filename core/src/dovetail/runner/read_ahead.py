@@ -106,6 +106,12 @@ class _Buffer:
 
 
 def _works_on_its_own(device: torch.device) -> bool:
-    """Whether copies to it may go on while the host does something else."""
+    """Whether copies to it may go on while the host does something else: that takes host memory that stays in place."""
     accelerator = torch.accelerator.current_accelerator()
-    return accelerator is not None and accelerator.type == device.type
+    if accelerator is None or accelerator.type != device.type:
+        return False
+    try:
+        torch.empty(1, pin_memory=True)
+    except NotImplementedError:  # the device's registration with torch has no allocator of such memory
+        return False
+    return True

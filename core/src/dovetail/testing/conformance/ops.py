@@ -526,7 +526,7 @@ class OpsSuite(Suite):
     @covers("sample_residual")
     @pytest.mark.parametrize("size", [1, 100, 5000])
     def test_sample_residual(self, dtype: torch.dtype, size: int) -> None:
-        """ops.27: sample_residual draws from what is left of one distribution over another, with noise of its own, or
+        """ops.29: sample_residual draws from what is left of one distribution over another, with noise of its own, or
         from the first where nothing is left.
         """
         ops, host = self.table(dtype), torch.device("cpu")
