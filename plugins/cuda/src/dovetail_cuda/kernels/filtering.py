@@ -31,8 +31,8 @@ def filter_logits(logits_SV: Tensor, params: SamplingTensors) -> Tensor:
     _floor_kernel[(rows,)](
         *scanned.arguments,
         floors_S,
-        scanned.tiles,
-        TILES=triton.next_power_of_2(scanned.tiles),
+        scanned.best_ST.shape[1],
+        TILES=triton.next_power_of_2(scanned.best_ST.shape[1]),
         VECTOR=scanned.vector,
         num_warps=16,
         **overlapped(device),

@@ -69,6 +69,14 @@ def packed(key: tl.tensor, column: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def first_largest(x: tl.tensor, columns: tl.tensor, inside: tl.tensor) -> tl.tensor:
+    """The largest element, packed; of equals the one of the lowest column."""
+    keys = tl.where(inside, ordered(x), -0x80000000)
+    best = tl.max(keys)
+    return packed(best, tl.min(tl.where(keys == best, columns, 0x7FFFFFFF)))
+
+
+@triton.jit
 def packed_key(pair: tl.tensor) -> tl.tensor:
     """The key of a pair."""
     return (pair >> 32).to(tl.int32)

@@ -11,7 +11,7 @@ from dovetail.ops.random import Stream
 from dovetail.ops.sampling import SamplingTensors
 from dovetail_cuda.kernels.noise import gumbel, row_key
 from dovetail_cuda.kernels.overlap import overlapped, release, wait
-from dovetail_cuda.kernels.ranking import ordered, packed, packed_column, packed_key
+from dovetail_cuda.kernels.ranking import first_largest, packed_column, packed_key
 
 BLOCK = 2048
 
@@ -64,15 +64,8 @@ def _draw_kernel(
     key = row_key(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), _RECOVER)
     noise = gumbel(key, columns)
     best_ptr += row * 2 * tiles + tile
-    tl.store(best_ptr, _best(tl.log(left) + noise, columns, inside))
-    tl.store(best_ptr + tiles, _best(tl.log(probs) + noise, columns, inside))
-
-
-@triton.jit
-def _best(scores: tl.tensor, columns: tl.tensor, inside: tl.tensor) -> tl.tensor:
-    keys = tl.where(inside, ordered(scores), -0x80000000)
-    best = tl.max(keys)
-    return packed(best, tl.min(tl.where(keys == best, columns, 0x7FFFFFFF)))
+    tl.store(best_ptr, first_largest(tl.log(left) + noise, columns, inside))
+    tl.store(best_ptr + tiles, first_largest(tl.log(probs) + noise, columns, inside))
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from torch import Tensor
 from dovetail.ops.random import Stream
 from dovetail.ops.sampling import SamplingTensors
 from dovetail_cuda.kernels.floors import CHUNK, find_candidates, floor_among, is_filtered, outer_floor, weight
+from dovetail_cuda.kernels.largest import best_column, largest
 from dovetail_cuda.kernels.noise import gumbel, row_key
 from dovetail_cuda.kernels.overlap import overlapped, release, wait
 from dovetail_cuda.kernels.ranking import (
@@ -42,20 +43,23 @@ _HIGHEST = tl.constexpr(0x7F800000)
 
 def sample(logits_SV: Tensor, params: SamplingTensors) -> Tensor:
     """See :func:`dovetail.ops.reference.sample`."""
-    tokens_S = torch.empty(len(logits_SV), dtype=torch.int64, device=logits_SV.device)
-    if len(tokens_S):
-        filtered = params.any_filter and not params.all_greedy
-        scanned = scan(logits_SV, params, filtered=filtered, drawn=True)
-        _choose_kernel[(len(tokens_S),)](
-            *scanned.arguments,
-            tokens_S,
-            scanned.tiles,
-            FILTERED=filtered,
-            TILES=triton.next_power_of_2(scanned.tiles),
-            VECTOR=scanned.vector,
-            num_warps=16 if filtered else 1,
-            **overlapped(logits_SV.device),
-        )
+    rows, width = logits_SV.shape
+    if params.all_greedy or not rows:
+        return largest(logits_SV)
+    scanned = scan(logits_SV, params, filtered=params.any_filter, drawn=True)
+    if not params.any_filter:
+        return best_column(scanned.best_ST, width)
+    tiles = scanned.best_ST.shape[1]
+    tokens_S = torch.empty(rows, dtype=torch.int64, device=logits_SV.device)
+    _choose_kernel[(rows,)](
+        *scanned.arguments,
+        tokens_S,
+        tiles,
+        TILES=triton.next_power_of_2(tiles),
+        VECTOR=scanned.vector,
+        num_warps=16,
+        **overlapped(logits_SV.device),
+    )
     return tokens_S
 
 
@@ -76,7 +80,6 @@ def _choose_kernel(
     scratch_ptr: tl.tensor,
     tokens_ptr: tl.tensor,
     tiles: tl.tensor,
-    FILTERED: tl.constexpr,
     TILES: tl.constexpr,
     VECTOR: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -88,31 +91,30 @@ def _choose_kernel(
     pairs = tl.load(best_ptr + row * tiles + tile, mask=tile < tiles, other=-0x8000000000000000)
     best = tl.max(pairs)
     column = packed_column(best)
-    if FILTERED:
-        temperature = tl.load(temperature_ptr + row)
-        largest = packed_key(best)
-        # of rows with NaN or nothing finite, the best is the outcome whatever the filters
-        drawn = (temperature != 0) & is_filtered(row, top_k_ptr, top_p_ptr, min_p_ptr)
-        if drawn & (largest > _LOWEST) & (largest < _HIGHEST):
-            sums = tl.load(sums_ptr + row * tiles + tile, mask=tile < tiles, other=0.0)
-            heights = tl.where(tile < tiles, number(packed_key(pairs)), float("-inf"))
-            total = tl.sum(sums * tl.exp(heights - number(largest)))
-            column = _draw(
-                logits_ptr + row * stride,
-                width,
-                temperature,
-                tl.load(top_k_ptr + row).to(tl.int32),
-                tl.load(top_p_ptr + row),
-                tl.load(min_p_ptr + row),
-                row_key(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), _SAMPLE),
-                number(largest),
-                total,
-                maxima_ptr + row * tiles * _GROUPS,
-                tiles * _GROUPS,
-                scratch_ptr + row * (2 * _CANDIDATES),
-                TILES * _GROUPS,
-                VECTOR,
-            )
+    temperature = tl.load(temperature_ptr + row)
+    highest = packed_key(best)
+    # of rows with NaN or nothing finite, the best is the outcome whatever the filters
+    drawn = (temperature != 0) & is_filtered(row, top_k_ptr, top_p_ptr, min_p_ptr)
+    if drawn & (highest > _LOWEST) & (highest < _HIGHEST):
+        sums = tl.load(sums_ptr + row * tiles + tile, mask=tile < tiles, other=0.0)
+        heights = tl.where(tile < tiles, number(packed_key(pairs)), float("-inf"))
+        total = tl.sum(sums * tl.exp(heights - number(highest)))
+        column = _draw(
+            logits_ptr + row * stride,
+            width,
+            temperature,
+            tl.load(top_k_ptr + row).to(tl.int32),
+            tl.load(top_p_ptr + row),
+            tl.load(min_p_ptr + row),
+            row_key(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), _SAMPLE),
+            number(highest),
+            total,
+            maxima_ptr + row * tiles * _GROUPS,
+            tiles * _GROUPS,
+            scratch_ptr + row * (2 * _CANDIDATES),
+            TILES * _GROUPS,
+            VECTOR,
+        )
     # whatever the scan may have left, for the token is an index next
     tl.store(tokens_ptr + row, tl.minimum(column, width - 1).to(tl.int64))
 

@@ -14,7 +14,7 @@ from dovetail.ops.sampling import SamplingTensors
 from dovetail_cuda.kernels.floors import is_filtered
 from dovetail_cuda.kernels.noise import gumbel, row_key
 from dovetail_cuda.kernels.overlap import overlapped, release, wait
-from dovetail_cuda.kernels.ranking import CANDIDATES, GROUP, GROUPS, group_maxima, ordered, packed, tile_columns
+from dovetail_cuda.kernels.ranking import CANDIDATES, GROUP, GROUPS, first_largest, group_maxima, tile_columns
 
 UNFILTERED_GROUP = 16
 """Elements of a tile's group where no row has filters, which costs fewer registers."""
@@ -32,12 +32,12 @@ class Scanned(NamedTuple):
     Attributes:
         arguments: logits, their stride and width; columns of the parameters; of each tile the best element, packed, and
             where the row has filters the sum of ``exp(x - best)``; the maxima of its groups; scratch memory.
-        tiles: of a row.
+        best_ST: the tiles' best elements, which are among the arguments.
         vector: elements that a thread loads at once.
     """
 
     arguments: tuple[Any, ...]
-    tiles: int
+    best_ST: Tensor
     vector: int
 
 
@@ -61,7 +61,6 @@ def scan(logits_SV: Tensor, params: SamplingTensors, *, filtered: bool, drawn: b
     arguments = (logits_SV, logits_SV.stride(0), width, *_columns(params), best, sums, maxima)
     _scan_kernel[(tiles, rows)](
         *arguments,
-        GREEDY=params.all_greedy,
         FILTERED=filtered,
         DRAWN=drawn,
         GROUP=group,
@@ -69,13 +68,13 @@ def scan(logits_SV: Tensor, params: SamplingTensors, *, filtered: bool, drawn: b
         num_warps=4,
         **overlapped(device),
     )
-    return Scanned((*arguments, scratch), tiles, vector)
+    return Scanned((*arguments, scratch), best, vector)
 
 
 def _columns(params: SamplingTensors) -> list[Tensor]:
     """In the kernels' order."""
-    columns = [params.temperature_S, params.top_k_S, params.top_p_S, params.min_p_S, params.seeds_S, params.positions_S]
-    return columns if params.all_greedy else [column.contiguous() for column in columns]
+    columns = (params.temperature_S, params.top_k_S, params.top_p_S, params.min_p_S, params.seeds_S, params.positions_S)
+    return [column.contiguous() for column in columns]
 
 
 @triton.jit(do_not_specialize_on_alignment=PARAMETERS)
@@ -92,7 +91,6 @@ def _scan_kernel(
     best_ptr: tl.tensor,
     sums_ptr: tl.tensor,
     maxima_ptr: tl.tensor,
-    GREEDY: tl.constexpr,
     FILTERED: tl.constexpr,
     DRAWN: tl.constexpr,
     GROUP: tl.constexpr,
@@ -106,18 +104,15 @@ def _scan_kernel(
     columns = tile_columns(tile, GROUP, VECTOR)
     inside = columns < width
     x = tl.load(logits_ptr + row * stride + columns, mask=inside, other=float("-inf")).to(tl.float32)
-    if not GREEDY:
-        temperature = tl.load(temperature_ptr + row)
-        if temperature != 0:
-            x = tl.div_rn(x, temperature)
-            if FILTERED and is_filtered(row, top_k_ptr, top_p_ptr, min_p_ptr):
-                largest = tl.max(x)
-                shift = tl.where(largest == float("-inf"), 0.0, largest)
-                tl.store(sums_ptr + place, tl.sum(tl.exp(x - shift)))
-                tl.store(maxima_ptr + place * _GROUPS + tl.arange(0, _GROUPS), group_maxima(x))
-            elif DRAWN:
-                key = row_key(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), _SAMPLE)
-                x += gumbel(key, columns)
-    keys = tl.where(inside, ordered(x), -0x80000000)
-    best = tl.max(keys)
-    tl.store(best_ptr + place, packed(best, tl.min(tl.where(keys == best, columns, 0x7FFFFFFF))))
+    temperature = tl.load(temperature_ptr + row)
+    if temperature != 0:
+        x = tl.div_rn(x, temperature)
+        if FILTERED and is_filtered(row, top_k_ptr, top_p_ptr, min_p_ptr):
+            largest = tl.max(x)
+            shift = tl.where(largest == float("-inf"), 0.0, largest)
+            tl.store(sums_ptr + place, tl.sum(tl.exp(x - shift)))
+            tl.store(maxima_ptr + place * _GROUPS + tl.arange(0, _GROUPS), group_maxima(x))
+        elif DRAWN:
+            key = row_key(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), _SAMPLE)
+            x += gumbel(key, columns)
+    tl.store(best_ptr + place, first_largest(x, columns, inside))
