@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from html.parser import HTMLParser
 
 import pytest
 
 from dovetail.cli.main import run
-from dovetail.testing.conformance import subject
+from dovetail.testing.conformance import PlatformSuite, scenarios, subject
 from dovetail.testing.fake_plugins import install
 
 HEAD = """
@@ -70,7 +71,9 @@ def test_a_plugin_that_conforms(plugin, capsys):
     assert run(["conformance", "plain"]) == 0
     shown = capsys.readouterr().out
     assert "plain  (dist-plain 4.2, suites of dovetail-core" in shown
-    assert "platform 'plain': 38 passed, 0 failed, 0 skipped" in shown
+    passed = re.search(r"platform 'plain': (\d+) passed, 0 failed, 0 skipped", shown)
+    assert passed is not None
+    assert int(passed[1]) >= len(scenarios(PlatformSuite))
     assert "Plugin 'plain' conforms." in shown
 
 
@@ -132,8 +135,8 @@ def test_a_platform_that_is_not_here(plugin, capsys):
     assert run(["conformance", "absent"]) == 1
     shown = capsys.readouterr().out
     assert "not available here: no abacus on the bus; install its driver" in shown
-    assert "platform 'absent': 4 passed, 0 failed, 34 skipped" in shown, "what needs no device was tested"
-    assert "attention 'beads': 0 passed, 0 failed, 32 skipped" in shown
+    assert re.search(r"platform 'absent': 4 passed, 0 failed, \d+ skipped", shown), "what needs no device was tested"
+    assert re.search(r"attention 'beads': 0 passed, 0 failed, \d+ skipped", shown)
     assert "does not conform" not in shown
     assert "Plugin 'absent' could not be tested in full." in shown
 
