@@ -7,12 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
 from triton.runtime import _async_compile, jit
 
 from dovetail.errors import ConfigError
 from dovetail_cuda import compile_ahead, kernel_cache
 from dovetail_cuda.compile_ahead import CompiledAhead, Compilers
+from dovetail_cuda.compile_worker import Job, Worker
 from dovetail_cuda.kernel_cache import KernelCache
+from dovetail_cuda.kernels.norm import _rms_norm_kernel
 
 HOPPER = (9, 0)
 
@@ -166,3 +170,41 @@ def test_what_is_compiled_already_runs_when_it_is_met(compiler):
     out, _ = CompiledAhead(step, step, Compilers(lambda logits: None))(PADDING, [])
     assert compiler.launched == ["a"]
     assert out[:, 0].tolist() == [1, 0]
+
+
+def test_a_worker_leaves_kernels_where_they_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # a release of Triton warns where nobody says
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    hits = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda *, cache_hit, **_: hits.append(cache_hit))
+    target = GPUTarget("cuda", 90, 32)
+    options = triton.compiler.compiler.make_backend(target).parse_options({"num_warps": 2})
+    constants = {"inner": 1, "ADD": False, "ROWS": 1, "BLOCK": 64, "OVERLAP": False}
+    kinds = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in _rms_norm_kernel.arg_names}
+    signature = {**kinds, "eps": "fp32", **dict.fromkeys(constants, "constexpr")}
+    places = {(_rms_norm_kernel.arg_names.index(name),): value for name, value in constants.items()}
+
+    def source():
+        return triton.compiler.ASTSource(_rms_norm_kernel, signature, places, {})
+
+    src = source()
+    worker = Worker(tmp_path)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(triton.compiler.CompiledKernel, "_init_handles", lambda self: None)
+    with compile_ahead._Pool([worker]) as pool:
+        pool.submit(lambda: triton.compile(src, target=target, options=vars(options))).result()
+    assert hits == [True]
+    assert not worker.compile(Job.of(source(), target, options)._replace(name="nothing"))
+    assert not worker.compile(Job.of(source(), target, options)._replace(options={"num_warps": lambda: 1}))
+    worker.close()
+    assert worker._process.poll() is not None
+
+
+def test_a_worker_that_died_is_no_loss(tmp_path):
+    worker = Worker(tmp_path)
+    worker._process.kill()
+    worker._process.wait()
+    job = Job(type(None), "module", "name", {}, {}, {}, None, {})
+    assert not worker.compile(job)
+    worker.close()

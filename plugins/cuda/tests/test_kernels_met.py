@@ -35,6 +35,7 @@ WAYS = (
     {"top_p": 0.9, "top_k": 20, "logprobs": 2},
     {"presence_penalty": 0.5, "logit_bias": {5: 1.0}},
     {"temperature": 0.0, "frequency_penalty": 0.5, "logprobs": 0},
+    {"temperature": 0.0, "prompt_logprobs": 2},
 )
 
 
@@ -102,7 +103,7 @@ def fill(model, progress):
 
 
 def configuration(shape):
-    """One layer of a shape, for this platform."""
+    """A shape of two layers, of which the last may be computed for some rows alone, on this platform."""
     registries = PluginHost().discover().registries
     options = EngineOptions(model=str(SHAPES / shape), load_format="dummy", dtype="bfloat16", platform="cpu")
     config = resolver.resolve(options, registries)
@@ -110,7 +111,7 @@ def configuration(shape):
     attention = msgspec.structs.replace(config.attention, target="dovetail_cuda.attention:TritonAttention", claims={})
     return msgspec.structs.replace(
         config,
-        hf_config={**config.hf_config, "num_hidden_layers": 1},
+        hf_config={**config.hf_config, "num_hidden_layers": 2},
         platform=part,
         attention=attention,
         max_model_len=1024,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from inspect import getclosurevars
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from triton.runtime.jit import JITFunction
 
 from dovetail.contracts.attention import StepTensors
 from dovetail.contracts.platform import StepFunction
+from dovetail_cuda.compile_worker import Job, Worker
 
-THREADS = min(16, os.cpu_count() or 1)
+THREADS = 8
 
 
 class CompiledAhead:
@@ -66,9 +68,12 @@ class CompiledAhead:
 class Compilers:
     """Threads that compile what is left out."""
 
-    def __init__(self, then: Callable[[Tensor], None]) -> None:
-        """``then`` launches what is to be compiled as well, given the logits of the first step that is met."""
-        self._mode = _Mode(_Pool())
+    def __init__(self, then: Callable[[Tensor], None], workers: Sequence[Worker] = ()) -> None:
+        """``then`` launches what is to be compiled as well, given the logits of the first step that is met. Processes
+        compile for the threads, if there are any.
+        """
+        self._pool = _Pool(workers)
+        self._mode = _Mode(self._pool)
         self._then: Callable[[Tensor], None] | None = then
 
     def follow(self, logits_SV: Tensor) -> None:
@@ -99,6 +104,10 @@ class Compilers:
         """Until all of them are compiled, and on the device."""
         self._mode.wait()
 
+    def close(self) -> None:
+        """Nothing is left to compile: let the processes end."""
+        self._pool.dismiss()
+
 
 class _Mode(AsyncCompileMode):  # type: ignore[misc]  # Triton has no types
     """Its base waits when it is left."""
@@ -115,9 +124,12 @@ class _Mode(AsyncCompileMode):  # type: ignore[misc]  # Triton has no types
 
 
 class _Pool(ThreadPoolExecutor):
-    """Compiles kernels, and brings each to the device."""
+    """Has kernels compiled, and brings each to the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self._idle: SimpleQueue[Worker] = SimpleQueue()
+        for worker in workers:
+            self._idle.put(worker)
         device = torch.cuda.current_device()
         super().__init__(THREADS, "compiler", initializer=torch.cuda.set_device, initargs=(device,))
 
@@ -125,11 +137,28 @@ class _Pool(ThreadPoolExecutor):
         """As its base."""
 
         def ready() -> Any:
-            kernel = fn(*args, **named)
+            self._ask_a_worker(fn)
+            kernel = fn(*args, **named)  # finds what the worker left on disk
             kernel._init_handles()
             return kernel
 
         return super().submit(ready)
+
+    def dismiss(self) -> None:
+        """Let the processes end, once they are idle."""
+        while not self._idle.empty():
+            self._idle.get().close()
+
+    def _ask_a_worker(self, compile_it: Callable[..., Any]) -> None:
+        """If one is free; else this process compiles."""
+        about = getclosurevars(compile_it).nonlocals  # of the function in Triton that calls the compiler
+        try:
+            job = Job.of(about["src"], about["target"], about["options"])
+            worker = self._idle.get_nowait()
+        except (KeyError, Empty):  # another release of Triton, or nobody there
+            return
+        worker.compile(job)
+        self._idle.put(worker)
 
 
 class _Zeroed(TorchFunctionMode):

@@ -17,6 +17,7 @@ class KernelCache:
     """A folder of one chip and the versions that compile for it. What a kernel is compiled from names its files there.
 
     Attributes:
+        folder: of the kernels.
         is_complete: an engine of the same workload met every step size before, so that nothing is left to compile.
     """
 
@@ -40,6 +41,7 @@ class KernelCache:
         except OSError as error:
             raise ConfigError(f"--compile-cache {cache} cannot be used: {error}. Name a folder to write to.") from error
         triton.knobs.cache.dir = str(folder)
+        self.folder = folder
         self._mark = folder / f"complete-{_digest(workload)}"
         self.is_complete = self._mark.exists()
         # Every kernel's name is made with a hash of the whole compiler, hundreds of MB: known before the first asks.

@@ -27,6 +27,7 @@ from dovetail_cuda.transfers import Transfers
 
 if TYPE_CHECKING:
     from dovetail_cuda.compile_ahead import Compilers
+    from dovetail_cuda.compile_worker import Worker
 
 DRIVER = Path("/proc/driver/nvidia")
 OLDEST = (8, 0)
@@ -66,6 +67,7 @@ class CudaPlatform(Platform):
         self._pool = None if config.eager else GraphPool(self._device)
         self._transfers = Transfers(self._device)
         self._compilers: Compilers | None = None
+        self._workers: list[Worker] = []
         self._kernels = None if config.cache is None else KernelCache(config.cache, capability, config.workload)
 
     @property
@@ -102,6 +104,10 @@ class CudaPlatform(Platform):
         """Kernels in Triton."""
         from dovetail_cuda.ops import table  # Triton is there, or this platform would not have been chosen
 
+        if self._kernels is not None and not (self._pool is None or self._kernels.is_complete or self._workers):
+            from dovetail_cuda.compile_worker import WORKERS, Worker
+
+            self._workers = [Worker(self._kernels.folder) for _ in range(WORKERS)]  # they import while others work
         return table()
 
     def shape_policy(self, max_tokens: int, max_requests: int) -> ShapePolicy:
@@ -131,7 +137,7 @@ class CudaPlatform(Platform):
         from dovetail_cuda.sampling_ahead import sample_every_way
 
         if self._compilers is None:
-            self._compilers = Compilers(sample_every_way)
+            self._compilers = Compilers(sample_every_way, self._workers)
 
         is_last = bucket.num_tokens == 1  # the ladder ends with the smallest
         return CompiledAhead(step, run, self._compilers, self._all_are_met if is_last else None)
@@ -139,6 +145,8 @@ class CudaPlatform(Platform):
     def _all_are_met(self) -> None:
         if self._kernels is not None:
             self._kernels.complete()
+        if self._compilers is not None:
+            self._compilers.close()
 
 
 def _why_none() -> str:

@@ -28,8 +28,9 @@ def sample_every_way(logits_SV: Tensor) -> None:
     for x_SV in (logits_SV, changed_SV):
         for all_greedy, any_filter in WAYS:
             sample(x_SV, _parameters(numbers_S, all_greedy, any_filter))
-    for k in (0, 1):
-        top_logprobs(logits_SV, numbers_S, k)
+    for tokens_S in (numbers_S, odd_S):
+        for k in (0, 1):
+            top_logprobs(logits_SV, tokens_S, k)
 
 
 def _parameters(numbers_S: Tensor, all_greedy: bool, any_filter: bool) -> SamplingTensors:
