@@ -6,7 +6,7 @@ from dovetail.hookspecs import Register, hookimpl
 from dovetail.plugins.manifest import AttentionManifest, PlatformManifest
 
 DTYPES = ("bfloat16", "float16", "float32")
-TRITON = ("triton>=3.4",)
+TRITON = ("triton>=3.6",)
 """Not a dependency: builds of torch for CUDA bring the release that fits them."""
 OPS = frozenset(
     {
