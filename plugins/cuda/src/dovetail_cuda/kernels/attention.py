@@ -27,8 +27,8 @@ MAX_SPLITS = 64
 FEW = 512
 """Steps of more tokens hold prompts, however many requests their bucket has room for."""
 MOST_REGISTERS = 112
-"""Of a thread, where prefixes are joined: as the kernel has without. The compiler would do with fewer, and more programs
-would fit, so that the last few of 256 requests' were left to run alone.
+"""Of a thread, where prefixes are joined: as the kernel has without. The compiler would do with fewer, more programs
+would fit, and the last few of 256 requests' would be left to run alone.
 """
 HOST_PROCESSORS = 4
 """Assumed where Triton interprets kernels on the host."""
