@@ -63,14 +63,14 @@ class SamplingTensors:
         return (self.top_k_S > 0) | (self.top_p_S < 1) | (self.min_p_S > 0)
 
 
-_NOTHING = torch.empty(0)
+_NO_FLOAT, _NO_INTEGER = torch.empty(0), torch.empty(0, dtype=torch.int64)
 ALL_GREEDY = SamplingTensors(
-    temperature_S=_NOTHING,
-    top_k_S=_NOTHING,
-    top_p_S=_NOTHING,
-    min_p_S=_NOTHING,
-    seeds_S=_NOTHING,
-    positions_S=_NOTHING,
+    temperature_S=_NO_FLOAT,
+    top_k_S=_NO_INTEGER,
+    top_p_S=_NO_FLOAT,
+    min_p_S=_NO_FLOAT,
+    seeds_S=_NO_INTEGER,
+    positions_S=_NO_INTEGER,
     all_greedy=True,
     any_filter=False,
 )
