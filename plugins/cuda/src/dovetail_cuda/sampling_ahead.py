@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dovetail.ops.sampling import ALL_GREEDY, SamplingTensors
+from dovetail.ops.sampling import SamplingTensors
 from dovetail_cuda.kernels.logprobs import top_logprobs
 from dovetail_cuda.kernels.penalties import penalize
 from dovetail_cuda.kernels.sampling import sample
@@ -24,7 +24,6 @@ def sample_every_way(logits_SV: Tensor) -> None:
     odd_S = torch.zeros(rows + 1, dtype=torch.int64, device=device)[1:]  # where kernels are compiled for memory like it
     for slots_S in (numbers_S, odd_S):
         penalize(changed_SV, torch.arange(rows, device=device), slots_S, factors_13, counts_1V, counts_1V > 0)
-    sample(logits_SV, ALL_GREEDY)
     for x_SV in (logits_SV, changed_SV):
         for all_greedy, any_filter in WAYS:
             sample(x_SV, _parameters(numbers_S, all_greedy, any_filter))
