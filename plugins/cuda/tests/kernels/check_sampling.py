@@ -146,13 +146,13 @@ def test_rows_are_independent():
         assert int(sample(logits[row : row + 1], parameters(SETTINGS[row : row + 1], row))) == int(together[row])
 
 
-@pytest.mark.parametrize("size", [1, 500, 5000])
+@pytest.mark.parametrize("size", [1, 5000])
 def test_residual(size):
-    probs, drafts = (2 * randn(20, size)).softmax(-1), (2 * randn(20, size, seed=1)).softmax(-1)
+    probs, drafts = (2 * randn(10, size)).softmax(-1), (2 * randn(10, size, seed=1)).softmax(-1)
     drafts[::5] = probs[::5]
     drafts[1::5] = 0
     probs[2::5, size // 2 + 1 :] = 0
-    params = parameters([(1.0, 0, 1.0, 0.0)] * 20)
+    params = parameters([(1.0, 0, 1.0, 0.0)] * 10)
     assert torch.equal(sample_residual(probs, drafts, params), reference.sample_residual(probs, drafts, params))
 
 
