@@ -82,6 +82,7 @@ def test_backend(monkeypatch):
 def test_grouping():
     assert grouping(64, 8, 4, 128, 132) is None
     assert grouping(256, 8, 4, 4, 132) is None
+    assert grouping(256, 1, 24, 16, 132) is None, "heads that share keys fill more rows than a tile has"
     assert grouping(256, 8, 4, 128, 132) == Grouping(requests=32, rows=128, parts=2)
     assert grouping(80, 4, 8, 128, 132) == Grouping(requests=16, rows=128, parts=6)
     assert grouping(80, 8, 3, 128, 132) == Grouping(requests=32, rows=128, parts=5)

@@ -57,9 +57,9 @@ class SharedPrefixes:
 
 def grouping(requests: int, kv_heads: int, group: int, most_rows: int, processors: int) -> Grouping | None:
     """How to group the requests of a step of this size; None if it is not worth looking for prefixes."""
-    together = 1 << (min(requests, most_rows // group).bit_length() - 1)
     if requests < FEWEST_REQUESTS or most_rows < 2 * group:
         return None
+    together = 1 << (min(requests, most_rows // group).bit_length() - 1)
     tiles = kv_heads * triton.cdiv(requests, together)
     rows = max(16, triton.next_power_of_2(together * group))
     return Grouping(together, rows, max(1, min(8, processors // tiles)))
