@@ -18,7 +18,7 @@ triton.knobs.compilation.listener = lambda *, src, cache_hit, **rest: cache_hit 
 from dovetail import LLM, SamplingParams
 
 llm = LLM(platform="cuda", dtype="bfloat16", max_num_seqs=24, max_num_batched_tokens=256, max_model_len=256)
-started = len(compiled)
+started = list(compiled)
 ways = [
     {"temperature": 0.0},
     {},
@@ -30,7 +30,7 @@ for count in (1, 2, 3, 16, 23):
     for params in ways:
         prompts = [{"prompt_token_ids": list(range(5, 5 + 7 * i + count))} for i in range(count)]
         llm.generate(prompts, SamplingParams(max_tokens=5, ignore_eos=True, **params), use_tqdm=False)
-json.dump({"start": started, "serving": compiled[started:]}, sys.stdout)
+json.dump({"start": started, "serving": compiled[len(started):]}, sys.stdout)
 """
 
 
@@ -41,7 +41,8 @@ def test_a_second_start_compiles_nothing(tmp_path):
         done = subprocess.run([sys.executable, "-c", ENGINE], capture_output=True, env=environment, check=True)
         return json.loads(done.stdout)
 
-    first, second = start(), start()
-    assert first["start"] > 10
+    first = start()
+    assert first["start"]
     assert first["serving"] == []
-    assert second == {"start": 0, "serving": []}
+    assert len(list(tmp_path.rglob("*.cubin"))) > 10  # by other processes, too
+    assert start() == {"start": [], "serving": []}

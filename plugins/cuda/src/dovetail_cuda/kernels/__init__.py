@@ -3,3 +3,7 @@
 Dimension letters are those of :mod:`dovetail.contracts`. Nothing here waits for the device, and the grid of a launch
 depends on the shapes of its arguments alone, so every function can be captured in a graph.
 """
+
+from dovetail_cuda.kernels.names import name_helpers_first
+
+name_helpers_first()
