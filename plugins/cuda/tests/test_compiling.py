@@ -164,6 +164,21 @@ def test_a_real_step_is_complete_when_first_met(compiler):
     assert len(ran) == 2
 
 
+def test_what_a_step_derives_while_kernels_are_left_out_is_derived_again(compiler):
+    """As an attention backend does, whose first layer computes what the others share."""
+    fill = kernel("a")
+
+    def step(tensors, metadata):
+        derived = metadata[0]
+        if "tiles" not in derived:
+            derived["tiles"] = torch.empty(3)
+            jit.JITFunction.run(fill, derived["tiles"], grid=(1,), warmup=False, value=1)
+        return derived["tiles"].clone(), torch.zeros(1)
+
+    out, _ = CompiledAhead(step, step, Compilers(lambda logits: None))(REAL, [{}])
+    assert out.tolist() == [1, 1, 1]
+
+
 def test_what_is_compiled_already_runs_when_it_is_met(compiler):
     compiler.done["a"] = Kernel()
     step = step_of(["a", "b"], [])

@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 from dovetail.contracts.attention import StepTensors
 from dovetail.contracts.platform import StepFunction
 from dovetail_cuda.compile_worker import Job, Worker
+from dovetail_cuda.tensors import replaced
 
 THREADS = 8
 
@@ -52,8 +53,10 @@ class CompiledAhead:
             return self._run(step, metadata)
         if not self._is_met:
             self._is_met = True
+            # Containers of its own: what layers derive and keep there is not sound.
+            own_metadata = replaced(metadata, lambda tensor: tensor)
             with self._compilers.left_out():
-                outputs = self._step(step, metadata)
+                outputs = self._step(step, own_metadata)
                 self._compilers.follow(outputs[1])
             if step.max_seq_len == 0 and self._last is None:
                 return outputs
