@@ -29,7 +29,12 @@ class SelfAttention(nn.Module):
         qkv_bias, output_bias: which projections have a bias.
         qk_norm_eps: normalise each head's queries and keys before the rotation, with this eps; None does not.
         norm_offset: of these norms.
+
+    Attributes:
+        narrows: it returns the rows alone that :func:`wanted` keeps.
     """
+
+    narrows = True
 
     def __init__(
         self,

@@ -22,15 +22,14 @@ class DecoderLayer(nn.Module):
         hidden_size, norm_eps: of the norms.
 
     Attributes:
-        narrows: as a model's last layer, it goes on with the rows that matter alone.
+        narrows: as a model's last layer, it goes on with the rows that matter alone, since its attention does.
     """
-
-    narrows = True
 
     def __init__(
         self, context: ModelContext, attention: nn.Module, mlp: nn.Module, *, hidden_size: int, norm_eps: float
     ) -> None:
         super().__init__()
+        self.narrows = getattr(attention, "narrows", False)
         self.self_attn = attention
         self.mlp = mlp
         self.input_layernorm = RMSNorm(context, hidden_size, norm_eps)
@@ -58,8 +57,6 @@ class SandwichLayer(nn.Module):
         narrows: as of :class:`DecoderLayer`.
     """
 
-    narrows = True
-
     def __init__(
         self,
         context: ModelContext,
@@ -71,6 +68,7 @@ class SandwichLayer(nn.Module):
         norm_offset: float = 0.0,
     ) -> None:
         super().__init__()
+        self.narrows = getattr(attention, "narrows", False)
         self.self_attn = attention
         self.mlp = mlp
         self.input_layernorm = RMSNorm(context, hidden_size, norm_eps, offset=norm_offset)
