@@ -147,8 +147,8 @@ def _next_rung(rungs: Sequence[int], size: int) -> int:
 
 
 StepFunction = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-"""Runs the model over one step: ``(StepTensors, metadata per KV group)`` in, hidden states ``[T, D]`` and logits
-``[S, V]`` out."""
+"""Runs the model over one step: ``(StepTensors, metadata per KV group)`` in, hidden states ``[T, D]``, or ``[S, D]`` if
+the others are not read, and logits ``[S, V]`` out."""
 
 
 class Platform(ABC):
@@ -244,7 +244,8 @@ class Platform(ABC):
     def compile(self, step: StepFunction, bucket: Bucket) -> StepFunction:
         """Turn the step into whatever runs fastest at this size. May return it unchanged.
 
-        Called once per bucket and model: a draft model has a step of its own.
+        Called once per bucket and step: a draft model has a step of its own, and so have prompts whose
+        log-probabilities are wanted, which is compiled when the first of them comes.
 
         Phase: warm-up. Order: 1. Times: per bucket, and later for sizes not in the ladder. May raise: nothing.
         """
