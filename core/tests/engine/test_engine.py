@@ -56,6 +56,8 @@ def test_an_id_may_be_used_again_after_its_request_ended():
     [
         ([], {}, "prompt is empty", "prompt"),
         ([1, 100], {}, "prompt contains token 100; this model's tokens are 0 to 99", "prompt"),
+        ([1, 2.0], {}, "prompt contains 2.0, which is no integer; this model's tokens are 0 to 99", "prompt"),
+        ([1, None], {}, "prompt contains None, which is no integer; this model's tokens are 0 to 99", "prompt"),
         ([-1], {}, "prompt contains token -1", "prompt"),
         ([1], {"stop_token_ids": (100,)}, "stop_token_ids contains token 100", "stop_token_ids"),
         ([1], {"allowed_token_ids": (5, 100)}, "allowed_token_ids contains token 100", "allowed_token_ids"),

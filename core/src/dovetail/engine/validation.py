@@ -44,7 +44,7 @@ def check_prompt(prompt: Sequence[int], params: SamplingParams, vocab_size: int,
 
     Raises:
         ContextLengthError: the prompt leaves no room for output. RequestError: an empty prompt, a token
-        that the model does not have, or more ``min_tokens`` than there is room for.
+        that is no integer or that the model does not have, or more ``min_tokens`` than there is room for.
     """
     if not prompt:
         raise RequestError("The prompt is empty; give at least one token.", param="prompt")
@@ -70,6 +70,11 @@ def check_prompt(prompt: Sequence[int], params: SamplingParams, vocab_size: int,
 
 
 def _check_tokens(name: str, token_ids: Collection[int], vocab_size: int) -> None:
+    kinds = [kind for kind in set(map(type, token_ids)) if not hasattr(kind, "__index__")]
+    if kinds:
+        wrong = next(token for token in token_ids if type(token) in kinds)
+        message = f"{name} contains {wrong!r}, which is no integer; this model's tokens are 0 to {vocab_size - 1}."
+        raise RequestError(message, param=name)
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
         message = f"{name} contains token {wrong}; this model's tokens are 0 to {vocab_size - 1}."
