@@ -133,6 +133,18 @@ def test_streams_and_generate_may_be_mixed(llm):
     assert list(second)[-1].outputs == whole.outputs
 
 
+def test_a_prompt_may_be_changed_once_it_is_given(llm):
+    """Else the request would take the cached pages of what its list holds when its turn comes."""
+    prompt, other = [5] * 70, [9] * 70
+    (whole,) = llm.generate([prompt], TEN)
+    llm.generate([other], TEN)
+    given = list(prompt)
+    stream = llm.stream(given, TEN)
+    given[:] = other
+    last = list(stream)[-1]
+    assert (last.outputs, last.prompt_token_ids) == (whole.outputs, prompt)
+
+
 def test_leaving_a_stream_aborts_it(llm):
     for _ in llm.stream("the wolf", SamplingParams(max_tokens=80, ignore_eos=True)):
         break

@@ -239,15 +239,15 @@ class LLM:
         return sampling_params
 
     def _encoded(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """The prompt's text, if it came as text, and its token ids."""
+        """The prompt's text, if it came as text, and its token ids, which the caller cannot change."""
         if isinstance(prompt, str):
             return prompt, self._tokenizer.encode(prompt)
         if isinstance(prompt, list):
-            return None, prompt
+            return None, prompt.copy()
         if isinstance(prompt, Mapping):
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             if isinstance(ids, list):
-                return text if isinstance(text, str) else None, ids
+                return text if isinstance(text, str) else None, ids.copy()
             if isinstance(text, str):
                 return text, self._tokenizer.encode(text)
         raise RequestError(
