@@ -236,6 +236,15 @@ def test_closing(make):
     llm.close()
 
 
+@pytest.fixture
+def interruptible():
+    """A background job of a shell inherits that interrupts are ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_waits_for_the_step_and_leaves_the_engine_usable(make, monkeypatch):
     llm = make()
     (whole,) = llm.generate("the wolf", TEN)
@@ -256,6 +265,7 @@ def test_an_interrupt_waits_for_the_step_and_leaves_the_engine_usable(make, monk
     assert llm.generate("the wolf", TEN)[0].outputs == whole.outputs
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interrupt_does_not_wait(make, monkeypatch):
     llm = make()
 
