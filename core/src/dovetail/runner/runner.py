@@ -42,8 +42,9 @@ class ModelRunner:
         A speculator must know what was sampled before it proposes, so with one the step is complete on return.
         """
         self._apply(plan)
-        rows, hidden_TD, logits_SV = self._forward.run(plan, whole=self._scores_prompt(plan))
-        scores = self._score_prompts(plan, rows, hidden_TD)
+        whole = self._scores_prompt(plan)
+        rows, hidden_TD, logits_SV = self._forward.run(plan, whole=whole)
+        scores = self._score_prompts(plan, rows, hidden_TD) if whole else {}
         draft_probs = None if self._proposer is None else self._proposer.draft_probs
         sampling = self._sampler.step(plan, logits_SV, draft_probs)
         if self._proposer is not None:
@@ -86,8 +87,6 @@ class ModelRunner:
     def _score_prompts(self, plan: StepPlan, rows: StepRows, hidden_TD: Tensor) -> _PromptScores:
         """Log-probabilities of the prompt tokens that this chunk predicts, by column."""
         scores: _PromptScores = {}
-        if not self._scores_prompt(plan):
-            return scores
         for i, slot in enumerate(plan.slots):
             prompt_len = self._prompt_logprobs.get(slot, 0)
             first = plan.num_computed[i]
