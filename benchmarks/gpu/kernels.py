@@ -12,12 +12,13 @@ from triton.testing import do_bench
 
 from dovetail.contracts.attention import AttentionSpec, Preparation
 from dovetail.contracts.ops import OpTable
-from dovetail_cuda.attention import TritonAttention, TritonCache, TritonMetadata
+from dovetail_cuda.attention import TritonAttention
 from dovetail_cuda.kernels.activation import silu_and_mul
 from dovetail_cuda.kernels.experts import moe_experts
 from dovetail_cuda.kernels.linear import linear
 from dovetail_cuda.kernels.norm import add_rms_norm
 from dovetail_cuda.kernels.projection import prepare_and_store
+from dovetail_cuda.paged import PagedCache, PagedMetadata
 
 DEVICE, DTYPE, PAGE = "cuda", torch.bfloat16, 16
 HEADS, KV_HEADS, HEAD_SIZE, WIDTH = 32, 8, 128, 4096  # of an 8B model
@@ -65,10 +66,11 @@ def attention(requests, length, queries, shared=0):
     lengths = torch.full((requests,), length, device=DEVICE, dtype=torch.int32)
     q = randn(requests * queries, HEADS, HEAD_SIZE)
     size = 4 * (shared + requests * (length - shared)) * KV_HEADS * HEAD_SIZE
-    caches = [TritonCache(*randn(2, requests * pages + 1, KV_HEADS, PAGE, HEAD_SIZE)) for _ in copies(size)]
+    caches = [PagedCache(*randn(2, requests * pages + 1, KV_HEADS, PAGE, HEAD_SIZE)) for _ in copies(size)]
     backend = TritonAttention(ops=OpTable(), device=q.device, dtype=DTYPE, kv_dtype=DTYPE, block_size=PAGE)
     spec = AttentionSpec(num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, scale=HEAD_SIZE**-0.5)
-    metadata = TritonMetadata(table, starts, lengths, slot_mapping_T=None)
+    tables = {"block_table_RB": table, "query_start_R1": starts, "seq_lens_R": lengths}
+    metadata = PagedMetadata(**tables, slot_mapping_T=None)
     calls = [lambda c=c: backend.attend(q, c, metadata, spec) for c in caches]
     dense = [randn(2, requests, KV_HEADS, length, HEAD_SIZE) for _ in caches]
     q_RHTK = q.view(requests, queries, HEADS, HEAD_SIZE).transpose(1, 2)

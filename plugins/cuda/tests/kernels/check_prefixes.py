@@ -7,10 +7,11 @@ from inputs import DEVICE, DTYPES, close
 
 from dovetail.contracts.attention import AttentionSpec
 from dovetail.contracts.ops import OpTable
-from dovetail_cuda.attention import TritonAttention, TritonCache, TritonMetadata
+from dovetail_cuda.attention import TritonAttention
 from dovetail_cuda.kernels import prefixes
 from dovetail_cuda.kernels.attention import Tiling, attend, scale_and_cap
 from dovetail_cuda.kernels.prefixes import Grouping, attend_prefixes, grouping, shared_tokens
+from dovetail_cuda.paged import PagedCache, PagedMetadata
 
 DECODES = [(1, 150), (1, 140), (1, 135), (1, 139), (1, 150), (1, 160), (0, 0), (1, 131), (0, 0), (1, 100), (0, 0)]
 
@@ -68,10 +69,11 @@ def test_backend(monkeypatch):
     q, keys, values, table, starts, lengths = shared(requests, heads=(4, 2))
     table[:16, :8] = table[0, :8].clone()
     backend = TritonAttention(ops=OpTable(), device=DEVICE, dtype=torch.float32, kv_dtype=torch.float32, block_size=16)
-    cache = TritonCache(*(x.transpose(1, 2).contiguous() for x in (keys, values)))
+    cache = PagedCache(*(x.transpose(1, 2).contiguous() for x in (keys, values)))
     last = lengths.long() - 1
     slots = table[torch.arange(16), last // 16].long() * 16 + last % 16
-    metadata = TritonMetadata(table, starts, lengths, slots)
+    tables = {"block_table_RB": table, "query_start_R1": starts, "seq_lens_R": lengths}
+    metadata = PagedMetadata(**tables, slot_mapping_T=slots)
     spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_size=64, scale=0.125)
     last_keys, last_values = (x.flatten(0, 1)[slots] for x in (keys, values))
     out = backend.forward(q[:16], last_keys, last_values, cache, metadata, spec)
