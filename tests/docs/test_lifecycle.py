@@ -31,8 +31,10 @@ IMPLEMENTATIONS = {
     SpecDecoder: NgramDecoder,
     Executor: LocalExecutor,
 }
-UNSEEN = {(QuantMethod, "recognises"), (Executor, "run")}
-"""Only a quantized checkpoint is recognised, and only an executor that cannot submit is asked to run."""
+UNSEEN = {(QuantMethod, "recognises"), (Executor, "run"), (Platform, "staging")}
+"""Only a quantized checkpoint is recognised, only an executor that cannot submit is asked to run, and only tensors on
+their way out of the host's memory are staged.
+"""
 
 
 @pytest.fixture(scope="module")

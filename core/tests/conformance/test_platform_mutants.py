@@ -294,6 +294,20 @@ class UploadsAsFloat(ReferencePlatform):
         return super().upload(host).to(torch.float32)
 
 
+class OnePlaceForAll(ReferencePlatform):
+    """Gives every reader the same memory."""
+
+    place: ClassVar[torch.Tensor] = torch.empty(1 << 20, dtype=torch.uint8)
+
+    def staging(self, nbytes: int) -> torch.Tensor:
+        return self.place[:nbytes]
+
+
+class WholePages(ReferencePlatform):
+    def staging(self, nbytes: int) -> torch.Tensor:
+        return super().staging(-(-nbytes // 4096) * 4096)
+
+
 class WarmsUpTooLittle(Shaped):
     """Claims static shapes and compiles while serving."""
 
@@ -352,6 +366,8 @@ MUTANTS = {
     PadsRequestsNever: "platform.16",
     OneBufferForAll: "platform.17",
     UploadsAsFloat: "platform.17",
+    OnePlaceForAll: "platform.18",
+    WholePages: "platform.18",
 }
 CLAIMS = {
     "no such dtype": (replace(MANIFEST, dtypes=("float32", "float31")), "platform.6"),

@@ -45,6 +45,21 @@ def test_every_byte_arrives_in_order(tmp_path: Path, chunk: int, staging: int, m
             assert [row for row, _ in parts] == [sum(sizes[:i]) for i in range(len(sizes))]
 
 
+def test_files_are_read_into_the_memory_that_the_platform_gives(tmp_path: Path) -> None:
+    tensors, file, given = saved(tmp_path / "a"), TensorFile(tmp_path / "a"), []
+
+    def staging(nbytes: int) -> torch.Tensor:
+        given.append(torch.full((nbytes,), 255, dtype=torch.uint8))
+        return given[-1]
+
+    last = file.tensors[-1]
+    with ReadAhead([(file, last)], HOST, staging) as ahead:
+        [(_, piece)] = ahead.chunks(file, last)
+    assert len(given) == 1
+    assert torch.equal(piece.flatten(), given[0].view(last.dtype))
+    assert torch.equal(piece, tensors[last.name])
+
+
 def test_a_file_that_shrinks_is_named(tmp_path: Path) -> None:
     saved(tmp_path / "a")
     file = TensorFile(tmp_path / "a")

@@ -54,6 +54,9 @@ class CountingPlatform(LadderPlatform):
 
         return counted
 
+    def warmed_up(self):
+        self.log.append(("warmed up", None))
+
 
 @pytest.fixture
 def counting(monkeypatch: pytest.MonkeyPatch) -> type[CountingPlatform]:
@@ -72,6 +75,22 @@ def config_of(folder: Path, **changes: Any):
 def load(config) -> tuple[LocalExecutor, ExecutorInfo]:
     executor = LocalExecutor(config)
     return executor, executor.load(Progress())
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_platform_hears_when_every_bucket_has_run_of_a_draft_model_too(tmp_path, counting, drafts):
+    limits = {"max_num_batched_tokens": 16, "max_num_seqs": 2, "num_speculative_tokens": drafts}
+    config = config_of(tmp_path / "model", **limits)
+    if drafts:
+        draft = config_of(tmp_path / "draft", **limits)
+        config = msgspec.structs.replace(config, draft=draft, spec_decoder=ORACLE)
+    load(config)
+    assert [kind for kind, _ in counting.log].count("warmed up") == 1
+    assert counting.log[-1] == ("warmed up", None)
+    sized = max(i for i, (kind, _) in enumerate(counting.log) if kind == "memory")
+    runs = [bucket for kind, bucket in counting.log[sized:] if kind == "run"]
+    assert runs == [*dict.fromkeys(runs)] * (1 + bool(drafts))
+    assert len(runs) > 5
 
 
 @pytest.mark.parametrize("drafts", [0, 3])

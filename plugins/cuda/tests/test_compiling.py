@@ -11,12 +11,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import _async_compile, jit
 
+from dovetail.contracts.platform import Bucket
 from dovetail.errors import ConfigError
-from dovetail_cuda import compile_ahead, kernel_cache
+from dovetail_cuda import compile_ahead, kernel_cache, platform, sampling_ahead
 from dovetail_cuda.compile_ahead import CompiledAhead, Compilers
 from dovetail_cuda.compile_worker import Job, Worker
 from dovetail_cuda.kernel_cache import KernelCache
 from dovetail_cuda.kernels.norm import _rms_norm_kernel
+from dovetail_cuda.platform import CudaPlatform
 
 HOPPER = (9, 0)
 
@@ -133,19 +135,19 @@ PADDING, REAL = SimpleNamespace(max_seq_len=0), SimpleNamespace(max_seq_len=7)
 
 
 def test_kernels_of_all_sizes_are_compiled_together(compiler):
-    followed, seen, finished = [], [], []
+    followed, seen = [], []
     compilers = Compilers(followed.append)
     first, second = step_of(["a", "b", "c"], seen), step_of(["c", "d"], seen)
     larger = CompiledAhead(first, first, compilers)
-    smallest = CompiledAhead(second, second, compilers, last=lambda: finished.append(1))
+    smallest = CompiledAhead(second, second, compilers, is_last=True)
     assert larger(PADDING, [])[0].tolist() == [[0, 0, 0]] * 3
-    assert (compiler.launched, finished) == ([], [])
+    assert compiler.launched == []
     out, _ = smallest(PADDING, [])
     assert compiler.at_once > 1
     assert sorted(compiler.compiled) == ["a", "b", "c", "d"]
     assert compiler.launched == ["c", "d"]
     assert seen[:5] == [[0, 0, 0]] * 5
-    assert (out[:, 0].tolist(), finished) == ([1, 2], [1])
+    assert out[:, 0].tolist() == [1, 2]
     assert larger(REAL, [])[0][:, 0].tolist() == [1, 2, 3]
     assert sorted(compiler.compiled) == ["a", "b", "c", "d"]
     assert [logits.tolist() for logits in followed] == [[0]]
@@ -155,13 +157,28 @@ def test_a_real_step_is_complete_when_first_met(compiler):
     ran = []
     step = step_of(["a", "b"], [])
     ahead = CompiledAhead(
-        step, lambda *args: (ran.append(1), step(*args))[1], Compilers(lambda logits: None), lambda: None
+        step, lambda *args: (ran.append(1), step(*args))[1], Compilers(lambda logits: None), is_last=True
     )
     out, _ = ahead(REAL, [])
     assert out[:, 0].tolist() == [1, 2]
     assert compiler.launched == ["a", "b"]
     ahead(REAL, [])
     assert len(ran) == 2
+
+
+def test_a_cache_is_complete_when_warm_up_is_over(tmp_path, compiler, compiler_folder, monkeypatch):
+    """Not with the smallest size of a model: its draft model's sizes follow."""
+    monkeypatch.setattr(platform, "GraphStep", lambda step, pool: step)
+    monkeypatch.setattr(sampling_ahead, "sample_every_way", lambda logits: None)
+    tested = object.__new__(CudaPlatform)
+    tested._pool, tested._compilers, tested._workers = object(), None, []
+    tested._kernels = KernelCache(tmp_path, HOPPER, "llama")
+    for name in ("a model's", "its draft's"):
+        tested.compile(step_of([name], []), Bucket(1, 1))(PADDING, [])
+        assert not KernelCache(tmp_path, HOPPER, "llama").is_complete
+    tested.warmed_up()
+    assert compiler.compiled == ["a model's", "its draft's"]
+    assert KernelCache(tmp_path, HOPPER, "llama").is_complete
 
 
 def test_what_a_step_derives_while_kernels_are_left_out_is_derived_again(compiler):
@@ -194,7 +211,8 @@ def test_a_worker_leaves_kernels_where_they_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda *, cache_hit, **_: hits.append(cache_hit))
     target = GPUTarget("cuda", 90, 32)
     options = triton.compiler.compiler.make_backend(target).parse_options({"num_warps": 2})
-    constants = {"inner": 1, "ADD": False, "ROWS": 1, "BLOCK": 64, "OVERLAP": False}
+    quantization = {"GROUP": 0, "LARGEST": 127.0, "INTEGER": False}
+    constants = {"inner": 1, "ADD": False, **quantization, "ROWS": 1, "BLOCK": 64, "OVERLAP": False}
     kinds = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in _rms_norm_kernel.arg_names}
     signature = {**kinds, "eps": "fp32", **dict.fromkeys(constants, "constexpr")}
     places = {(_rms_norm_kernel.arg_names.index(name),): value for name, value in constants.items()}

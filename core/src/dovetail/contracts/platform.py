@@ -217,12 +217,22 @@ class Platform(ABC):
         """
         ...
 
+    def staging(self, nbytes: int) -> Tensor:
+        """Host memory to read files into, on its way to the device: uint8 ``[nbytes]``.
+
+        A platform whose device copies on its own, which takes memory that stays in place, gives pinned memory: the
+        engine then reads the next piece while one is copied.
+
+        Phase: load. Order: 6. Times: often, where weights are read from files. May raise: nothing.
+        """
+        return torch.empty(nbytes, dtype=torch.uint8)
+
     def upload(self, host: Tensor) -> Tensor:
         """A host tensor on the device, for work that is queued from now on. Neither is changed afterwards.
 
         A platform whose device works on its own need not wait until a copy is there.
 
-        Phase: step. Order: 1. Times: often. May raise: nothing.
+        Phase: warm-up. Order: 2. Times: often, and in every step. May raise: nothing.
         """
         return host.to(self.device)
 
@@ -232,7 +242,7 @@ class Platform(ABC):
         A platform whose device works on its own starts the copies, and returns without waiting. The tensors are not
         written again.
 
-        Phase: step. Order: 2. Times: often. May raise: nothing.
+        Phase: warm-up. Order: 3. Times: often, and in every step. May raise: nothing.
 
         Returns:
             What waits for the copies and gives them; called at most once, perhaps after later steps were queued.
@@ -247,6 +257,14 @@ class Platform(ABC):
         Called once per bucket and step: a draft model has a step of its own, and so have prompts whose
         log-probabilities are wanted, which is compiled when the first of them comes.
 
+        What a compiled step returns need only last until a compiled step runs again, of any bucket.
+
         Phase: warm-up. Order: 1. Times: per bucket, and later for sizes not in the ladder. May raise: nothing.
         """
         ...
+
+    def warmed_up(self) -> None:  # noqa: B027  most have nothing to do
+        """Every bucket of the ladder has run, of a draft model's step, too, and what samples has.
+
+        Phase: warm-up. Order: 4. Times: once. May raise: nothing.
+        """

@@ -74,6 +74,7 @@ class LocalExecutor(Executor):
         self._runner = ModelRunner(forward, sampler, self._proposer(tables, draft))
         loaded = time.perf_counter()
         rehearsal.warm_up(forward, draft, sampler, ops, progress)
+        platform.warmed_up()
         return ExecutorInfo(
             num_blocks=blocks,
             block_size=config.block_size,

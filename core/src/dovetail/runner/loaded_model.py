@@ -62,7 +62,7 @@ def _fill(config: EngineConfig, model: Model, platform: Platform, progress: Prog
         if config.load_format == "dummy":
             fill_with_noise(model, progress)
         else:
-            load_weights(model, Path(config.model_path), progress)
+            load_weights(model, Path(config.model_path), progress, platform.staging)
     except torch.OutOfMemoryError as error:
         missing = f", so {size(needed - free)} are missing" if needed > free else ""
         raise ConfigError(

@@ -28,7 +28,7 @@ from dovetail.contracts.model import Model, WeightTable
 from dovetail.contracts.quant import TensorSpec
 from dovetail.errors import ModelLoadError
 from dovetail.layers.block import Block
-from dovetail.runner.read_ahead import ReadAhead
+from dovetail.runner.read_ahead import ReadAhead, Staging, unpinned
 from dovetail.runner.tensor_file import StoredTensor, TensorFile
 
 INDEX = "model.safetensors.index.json"
@@ -44,13 +44,14 @@ MAPPED_BYTES = 1 << 18
 _Chunks = Callable[[TensorFile, StoredTensor], Iterator[tuple[int, Tensor]]]
 
 
-def load_weights(model: Model, path: Path, progress: Progress) -> None:
+def load_weights(model: Model, path: Path, progress: Progress, staging: Staging = unpinned) -> None:
     """Fill every block of ``model`` from the safetensors files in ``path``; the model is ready to run afterwards.
 
     Args:
         model: as constructed.
         path: folder with ``model.safetensors``, or shards and ``model.safetensors.index.json``.
         progress: receives stage ``"load"`` in bytes of the files.
+        staging: host memory that tensors pass through on their way to a device.
 
     Raises:
         ModelLoadError: files are missing or corrupt; or tensors are missing, unexpected, doubled or misshapen, with
@@ -64,7 +65,7 @@ def load_weights(model: Model, path: Path, progress: Progress) -> None:
     done = 0
     filling = Filling(plan)
     moves = plan.in_order(total // LARGE_SHARE)
-    with _chunks(moves, plan.device) as chunks:
+    with _chunks(moves, plan.device, staging) as chunks:
         for move in moves:
             for nbytes in filling.copy(move, chunks(move.file, move.stored)):
                 done += nbytes
@@ -72,12 +73,12 @@ def load_weights(model: Model, path: Path, progress: Progress) -> None:
 
 
 @contextmanager
-def _chunks(moves: Sequence[Move], device: torch.device) -> Iterator[_Chunks]:
+def _chunks(moves: Sequence[Move], device: torch.device, staging: Staging) -> Iterator[_Chunks]:
     """How to get the tensors of ``moves``, in that order. What stays in host memory is copied from the mapped files."""
     if device.type == "cpu":
         yield TensorFile.chunks
         return
-    with ReadAhead([(move.file, move.stored) for move in moves], device) as ahead:
+    with ReadAhead([(move.file, move.stored) for move in moves], device, staging) as ahead:
         yield ahead.chunks
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -21,19 +21,27 @@ THREADS = 8
 STAGING_BYTES = 128 << 20
 """Of all buffers together; two hold a piece each, however large it is."""
 MOST_BUFFERS = 2 * THREADS
+Staging = Callable[[int], Tensor]
+"""See :meth:`dovetail.contracts.platform.Platform.staging`."""
+
+
+def unpinned(nbytes: int) -> Tensor:
+    """Memory like any other."""
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 class ReadAhead:
     """Reads tensors in the order in which they will be asked for. Use it as a context manager: it holds files open."""
 
-    def __init__(self, tensors: Iterable[tuple[TensorFile, StoredTensor]], device: torch.device) -> None:
+    def __init__(
+        self, tensors: Iterable[tuple[TensorFile, StoredTensor]], device: torch.device, staging: Staging = unpinned
+    ) -> None:
         """Start reading."""
         self._device = device
         self._jobs = deque((file.path, piece) for file, tensor in tensors for piece in file.pieces(tensor))
         largest = max((piece.nbytes for _, piece in self._jobs), default=0)
         count = max(2, min(MOST_BUFFERS, STAGING_BYTES // max(1, largest)))
-        overlaps = _works_on_its_own(device)
-        buffers = [_Buffer(largest, device if overlaps else None) for _ in range(min(count, len(self._jobs)))]
+        buffers = [_Buffer(staging(largest), device) for _ in range(min(count, len(self._jobs)))]
         self._pool = ThreadPoolExecutor(THREADS, "read-ahead")
         self._files: dict[Path, int] = {}
         self._reads: deque[tuple[_Buffer, Future[None]]] = deque()
@@ -87,9 +95,9 @@ class _Buffer:
         copied: done when the last copy out of it is; None if copies are done when they return.
     """
 
-    def __init__(self, nbytes: int, device: torch.device | None) -> None:
-        self.bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device is not None)
-        self.copied = None if device is None else torch.Event(device)
+    def __init__(self, staging: Tensor, device: torch.device) -> None:
+        self.bytes = staging
+        self.copied = torch.Event(device) if staging.is_pinned() else None
         array: Any = self.bytes.numpy()
         self._view = memoryview(array)
 
@@ -103,15 +111,3 @@ class _Buffer:
             if not count:
                 raise OSError("it ends too early")
             done += count
-
-
-def _works_on_its_own(device: torch.device) -> bool:
-    """Whether copies to it may go on while the host does something else: that takes host memory that stays in place."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or accelerator.type != device.type:
-        return False
-    try:
-        torch.empty(1, pin_memory=True)
-    except NotImplementedError:  # the device's registration with torch has no allocator of such memory
-        return False
-    return True

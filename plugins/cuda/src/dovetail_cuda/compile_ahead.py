@@ -32,19 +32,17 @@ class CompiledAhead:
     threads work; but the last size runs, when they are done.
     """
 
-    def __init__(
-        self, step: StepFunction, run: StepFunction, compilers: Compilers, last: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, step: StepFunction, run: StepFunction, compilers: Compilers, is_last: bool = False) -> None:
         """Prepare one size.
 
         Args:
             step: what launches the kernels.
             run: the form in which it runs.
-            last: given for the last size of warm-up, called when it has run.
+            is_last: of the sizes that warm-up meets.
         """
         self._step, self._run = step, run
         self._compilers = compilers
-        self._last = last
+        self._is_last = is_last
         self._is_met = self._has_run = False
 
     def __call__(self, step: StepTensors, metadata: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -58,13 +56,11 @@ class CompiledAhead:
             with self._compilers.left_out():
                 outputs = self._step(step, own_metadata)
                 self._compilers.follow(outputs[1])
-            if step.max_seq_len == 0 and self._last is None:
+            if step.max_seq_len == 0 and not self._is_last:
                 return outputs
         self._compilers.wait()
         outputs = self._run(step, metadata)
         self._has_run = True
-        if self._last is not None:
-            self._last()
         return outputs
 
 

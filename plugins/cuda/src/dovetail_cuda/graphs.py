@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,15 +22,31 @@ from dovetail_cuda.tensors import leaves, replaced
 _logger = logging.getLogger("dovetail_cuda.graphs")
 _WAITS = "synchronizing CUDA operation"
 """What torch says of an operation that waits for the device, while it is told to raise."""
+_Result = TypeVar("_Result")
 
 
 class GraphPool:
-    """Memory and stream that all graphs of a platform share: only one of them runs at a time."""
+    """Memory and stream that all graphs of a platform share: only one of them runs at a time.
+
+    No tensor of a graph stays allocated: what it reads, what it needs on the way and what it returns lie where those of
+    the graphs before it lie. So all of them together take as much as the largest step.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._handle = torch.cuda.graph_pool_handle()
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._room = 0
         self._told = False
+        with torch.cuda.stream(self._stream):
+            one = torch.ones(1, 1, device=device)
+            torch.mm(one, one)  # what cuBLAS keeps for a stream would else lie in the midst of the graphs' memory
+
+    def set_aside(self, nbytes: int) -> None:
+        """What the largest step takes. The first graph that is captured allocates it, in one piece: tensors of steps
+        that grow bit by bit would each need a new one.
+        """
+        self._room = nbytes
 
     def tell(self, error: RuntimeError) -> None:
         """Log once why steps run without a graph, not for each size."""
@@ -38,18 +54,23 @@ class GraphPool:
             self._told = True
             _logger.warning("Steps of this model run without a graph, since one of its operations waits: %s", error)
 
-    def capture(self, run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
+    def capture(self, run: Callable[[], _Result]) -> tuple[torch.cuda.CUDAGraph, _Result]:
         """Record what ``run`` launches. Nothing of it runs before the graph is replayed."""
         graph = torch.cuda.CUDAGraph()
+        if self._room:
+            torch.cuda.empty_cache()  # nothing can be taken back from other tensors during a capture
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
             try:
-                outputs = run()
+                if self._room:
+                    torch.empty(self._room, dtype=torch.uint8, device=self._device)
+                    self._room = 0
+                result = run()
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
-        return graph, outputs
+        return graph, result
 
 
 class GraphStep:
@@ -102,18 +123,21 @@ def _refusing_to_wait() -> Iterator[None]:
 
 
 class _Recording:
-    """A graph, and the tensors that it reads and writes."""
+    """A graph, and where the tensors lie that it reads and writes."""
 
     def __init__(self, run: StepFunction, step: StepTensors, metadata: Sequence[Any], pool: GraphPool) -> None:
-        inputs: list[Tensor] = []
+        def record() -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+            inputs: list[Tensor] = []
 
-        def keep(tensor: Tensor) -> Tensor:
-            inputs.append(tensor.clone(memory_format=torch.contiguous_format))
-            return inputs[-1]
+            def own(tensor: Tensor) -> Tensor:
+                inputs.append(torch.empty_like(tensor, memory_format=torch.contiguous_format))
+                return inputs[-1]
 
-        own_step, own_metadata = replaced((step, metadata), keep)
-        self._inputs = _by_dtype(inputs)
-        self._graph, self._outputs = pool.capture(lambda: run(own_step, own_metadata))
+            return inputs, run(*replaced((step, metadata), own))
+
+        self._graph, (inputs, outputs) = pool.capture(record)
+        self._inputs = _by_dtype([borrowed(tensor) for tensor in inputs])
+        self._hidden, self._logits = (borrowed(tensor) for tensor in outputs)
 
     def replay(self, step: StepTensors, metadata: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Copy the inputs into place, and run."""
@@ -121,7 +145,29 @@ class _Recording:
         for own, new in zip(self._inputs, given, strict=True):
             torch._foreach_copy_(own, new)
         self._graph.replay()
-        return self._outputs
+        return self._hidden, self._logits
+
+
+class _Bytes:
+    """All bytes of a tensor's storage, as torch takes over what other libraries hold."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (storage.nbytes(),),
+            "typestr": "|u1",
+            "data": (storage.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def borrowed(tensor: Tensor) -> Tensor:
+    """The same place, without keeping others from being put there."""
+    if not tensor.numel():
+        return tensor
+    storage = tensor.untyped_storage()
+    whole = storage.nbytes() // tensor.itemsize * tensor.itemsize
+    values = torch.as_tensor(_Bytes(storage), device=tensor.device)[:whole].view(tensor.dtype)
+    return values.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 DRIVER = Path("/proc/driver/nvidia")
 OLDEST = (8, 0)
 """Compute capability of the first chips that multiply bfloat16."""
+GRAPHS = 48 << 20
+"""What the driver keeps of graphs, 0.7 MB of each, and what is in pieces in the memory of small tensors."""
 
 
 class CudaPlatform(Platform):
@@ -76,22 +78,23 @@ class CudaPlatform(Platform):
         return self._device
 
     def memory(self) -> MemoryInfo:
-        """Free memory, with what torch keeps for allocations to come. Graphs have a pool of their own: they share what
-        their steps need on the way, but each has its hidden states and logits. All together take less than twice what
-        the largest step and its sampling do.
+        """Free memory, with what torch keeps for allocations to come. Steps that run as graphs have a pool of their own
+        beside what others take, as large as the largest step and its sampling.
         """
         torch.cuda.empty_cache()  # what is left of earlier tensors is in pieces, and the KV cache's are large
         free, total = torch.cuda.mem_get_info(self._device)
         reserved, allocated = torch.cuda.memory_reserved(self._device), torch.cuda.memory_allocated(self._device)
-        step = torch.cuda.max_memory_allocated(self._device) - allocated
+        step = torch.cuda.max_memory_reserved(self._device) - reserved  # with what lies idle between its tensors
         torch.cuda.reset_peak_memory_stats(self._device)
+        if self._pool is not None:
+            self._pool.set_aside(step)
         held = max(allocated, self._free_at_start - free - (reserved - allocated))
         return MemoryInfo(
             total=total,
             available=free + reserved - allocated,
             dedicated=True,
             held=held,
-            peak=held + step * (1 if self._pool is None else 3),
+            peak=held + (step if self._pool is None else 2 * step + GRAPHS),
         )
 
     @classmethod
@@ -113,6 +116,10 @@ class CudaPlatform(Platform):
     def shape_policy(self, max_tokens: int, max_requests: int) -> ShapePolicy:
         """One size per number of tokens."""
         return GraphShapes(max_tokens, max_requests, every_size=not self._has_all_kernels())
+
+    def staging(self, nbytes: int) -> Tensor:
+        """Pinned memory."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def upload(self, host: Tensor) -> Tensor:
         """From pinned memory, in the order of the work."""
@@ -140,10 +147,11 @@ class CudaPlatform(Platform):
             self._compilers = Compilers(sample_every_way, self._workers)
 
         is_last = bucket.num_tokens == 1  # the ladder ends with the smallest
-        return CompiledAhead(step, run, self._compilers, self._all_are_met if is_last else None)
+        return CompiledAhead(step, run, self._compilers, is_last)
 
-    def _all_are_met(self) -> None:
-        if self._kernels is not None:
+    def warmed_up(self) -> None:
+        """All kernels are compiled: for the starts to come."""
+        if self._kernels is not None and self._pool is not None:
             self._kernels.complete()
         if self._compilers is not None:
             self._compilers.close()

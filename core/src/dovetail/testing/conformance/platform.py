@@ -238,6 +238,22 @@ class PlatformSuite(Suite):
                 what,
             )
 
+    def test_staging(self) -> None:
+        """platform.18: memory to read files into is the host's, as large as asked, and no one else's; what is copied
+        from it is on the device as it was.
+        """
+        platform = self.make()
+        pieces = [platform.staging(nbytes) for nbytes in (1, 4096, 100_000, 100_000)]
+        for nbytes, piece in zip((1, 4096, 100_000, 100_000), pieces, strict=True):
+            kind = (piece.device.type, piece.dtype, tuple(piece.shape), piece.is_contiguous())
+            self.equal(kind, ("cpu", torch.uint8, (nbytes,), True), f"device, dtype, shape of staging({nbytes})")
+        content = [torch.arange(len(piece)).mul(7 + i).to(torch.uint8) for i, piece in enumerate(pieces)]
+        for piece, right in zip(pieces, content, strict=True):
+            piece.numpy()[:] = right.numpy()
+        copies = [piece.to(platform.device, non_blocking=piece.is_pinned(), copy=True) for piece in pieces]
+        for i, (copy, right) in enumerate(zip(copies, content, strict=True)):
+            self.check(torch.equal(copy.cpu(), right), f"bytes of piece {i} of {len(right)} changed on the way.")
+
     def test_engine(self, dtype: torch.dtype, checkpoint: Path) -> None:
         """platform.14: an engine on the platform, with each of its attention backends, generates the tokens of a dense
         float64 model, in a mix of prompt chunks and decodes.
