@@ -75,6 +75,9 @@ class ShapesOnly:
     def compile(self, step, bucket):
         return step
 
+    def warmed_up(self):
+        """Nothing is kept."""
+
 
 class FirstStart(ShapesOnly):
     """The same, when nothing has been compiled: every size is met, and what can follow is met with the first."""
