@@ -44,7 +44,7 @@ def check(backend, *specs, platform=ReferencePlatform, **changes):
     )
     chip = platform(PlatformConfig())
     shapes = chip.shape_policy(settings.max_num_batched_tokens, settings.max_num_seqs)
-    check_attention(settings, chip.device, shapes, made, specs or (PLAIN, WINDOWED, CAPPED))
+    check_attention(settings, chip, shapes, made, specs or (PLAIN, WINDOWED, CAPPED))
 
 
 @pytest.mark.parametrize("backend", [ReferenceAttention, BlockedAttention, CpuAttention])
@@ -266,6 +266,42 @@ def test_lying_platform_is_refused(claims, ops, part):
     assert part in str(caught.value)
     assert "plugin 'abacus' (dist-abacus 3.1)" in str(caught.value)
     assert str(caught.value).endswith("Choose another --platform, and report this to the authors of dist-abacus.")
+
+
+class Prepares(ReferencePlatform):
+    """Lists what is launched to prepare, and what is launched for its results."""
+
+    def __init__(self, config):
+        self.launched, self.prepared = [], []
+
+    def prepare(self, run):
+        run()
+        self.prepared, self.launched = self.launched, []
+
+    def ops(self, dtype):
+        return {name: self.listed(name, override) for name, override in HONEST.items()}
+
+    def listed(self, name, override):
+        return lambda *args: (self.launched.append(name), override(*args))[1]
+
+
+def test_a_platform_prepares_for_all_operations_that_are_tried():
+    platform = Prepares(PlatformConfig())
+    checked_ops(msgspec.structs.replace(PART, claims={**CLAIMS, "ops": sorted(HONEST)}), platform, torch.float32)
+    assert sorted(platform.launched) == sorted(HONEST)
+    assert platform.prepared == platform.launched
+
+
+def test_a_platform_prepares_for_every_kind_of_layer():
+    class Listing(ReferenceAttention):
+        def forward(self, q, k, v, cache, metadata, spec):
+            chip.launched.append(spec)
+            return super().forward(q, k, v, cache, metadata, spec)
+
+    chip = Prepares(PlatformConfig())
+    check(Listing, PLAIN, CAPPED, platform=lambda config: chip)
+    assert len(set(chip.launched)) == 2
+    assert chip.prepared == chip.launched
 
 
 def test_a_machine_without_kernels_is_worth_a_line(caplog):

@@ -1,13 +1,16 @@
 """Kernels that are kept for the next start, and kernels that are compiled together, by a stand-in for the compiler."""
 
 import inspect
+import os
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
+from torch.nn.functional import linear
 from triton.backends.compiler import GPUTarget
 from triton.runtime import _async_compile, jit
 
@@ -15,8 +18,9 @@ from dovetail.contracts.platform import Bucket
 from dovetail.errors import ConfigError
 from dovetail_cuda import compile_ahead, kernel_cache, platform, sampling_ahead
 from dovetail_cuda.compile_ahead import CompiledAhead, Compilers
-from dovetail_cuda.compile_worker import Job, Worker
+from dovetail_cuda.compile_worker import Job, Workers
 from dovetail_cuda.kernel_cache import KernelCache
+from dovetail_cuda.kernels import names
 from dovetail_cuda.kernels.norm import _rms_norm_kernel
 from dovetail_cuda.platform import CudaPlatform
 
@@ -84,11 +88,14 @@ class Compiler:
         if name not in self.done:
             mode = _async_compile.active_mode.get()
             keep = lambda compiled: self.done.update({name: compiled})  # noqa: E731
-            if mode is not None:
+            if mode is None:
+                keep(self.compile(name))
+            else:
                 more = [print] * (len(inspect.signature(mode.submit).parameters) - 3)  # later releases also clean up
-                return mode.submit(name, lambda: self.compile(name), keep, *more)
-            keep(self.compile(name))
+                keep(mode.submit(name, lambda: self.compile(name), keep, *more))
         if not warmup:
+            if hasattr(self.done[name], "result"):
+                self.done[name].result()
             self.launched.append(name)
             args[0].fill_(options["value"])
         return self.done[name]
@@ -143,9 +150,10 @@ def test_kernels_of_all_sizes_are_compiled_together(compiler):
     assert larger(PADDING, [])[0].tolist() == [[0, 0, 0]] * 3
     assert compiler.launched == []
     out, _ = smallest(PADDING, [])
+    assert compiler.launched == ["c", "d"]
+    compilers.close()
     assert compiler.at_once > 1
     assert sorted(compiler.compiled) == ["a", "b", "c", "d"]
-    assert compiler.launched == ["c", "d"]
     assert seen[:5] == [[0, 0, 0]] * 5
     assert out[:, 0].tolist() == [1, 2]
     assert larger(REAL, [])[0][:, 0].tolist() == [1, 2, 3]
@@ -171,7 +179,7 @@ def test_a_cache_is_complete_when_warm_up_is_over(tmp_path, compiler, compiler_f
     monkeypatch.setattr(platform, "GraphStep", lambda step, pool: step)
     monkeypatch.setattr(sampling_ahead, "sample_every_way", lambda logits: None)
     tested = object.__new__(CudaPlatform)
-    tested._pool, tested._compilers, tested._workers = object(), None, []
+    tested._pool, tested._compilers, tested._workers = object(), None, None
     tested._kernels = KernelCache(tmp_path, HOPPER, "llama")
     for name in ("a model's", "its draft's"):
         tested.compile(step_of([name], []), Bucket(1, 1))(PADDING, [])
@@ -179,6 +187,19 @@ def test_a_cache_is_complete_when_warm_up_is_over(tmp_path, compiler, compiler_f
     tested.warmed_up()
     assert compiler.compiled == ["a model's", "its draft's"]
     assert KernelCache(tmp_path, HOPPER, "llama").is_complete
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_what_a_check_will_launch_is_compiled_together(eager, compiler):
+    tested = object.__new__(CudaPlatform)
+    tested._pool = None if eager else object()
+    tested._kernels, tested._compilers, tested._workers = None, None, None
+    step = step_of(["a", "b", "c"], [])
+    tested.prepare(lambda: step(PADDING, []))
+    assert compiler.launched == []
+    step(PADDING, [])
+    assert sorted(compiler.compiled) == compiler.launched == ["a", "b", "c"]
+    assert (compiler.at_once > 1) != eager
 
 
 def test_what_a_step_derives_while_kernels_are_left_out_is_derived_again(compiler):
@@ -196,12 +217,36 @@ def test_what_a_step_derives_while_kernels_are_left_out_is_derived_again(compile
     assert out.tolist() == [1, 1, 1]
 
 
-def test_what_is_compiled_already_runs_when_it_is_met(compiler):
+def test_products_are_not_computed_while_kernels_are_left_out(compiler):
+    x, weight = torch.ones(2, 3, 4), torch.ones(5, 4)
+    with Compilers(lambda logits: None).left_out():
+        out = linear(x, weight, torch.ones(5))
+    assert torch.equal(out, torch.zeros(2, 3, 5))
+    assert linear(x, weight).sum() == 2 * 3 * 5 * 4
+
+
+def test_what_is_compiled_already_is_left_out_too(compiler):
     compiler.done["a"] = Kernel()
     step = step_of(["a", "b"], [])
     out, _ = CompiledAhead(step, step, Compilers(lambda logits: None))(PADDING, [])
-    assert compiler.launched == ["a"]
-    assert out[:, 0].tolist() == [1, 0]
+    assert compiler.launched == []
+    assert out[:, 0].tolist() == [0, 0]
+
+
+def test_the_compiler_is_known_by_its_files(tmp_path):
+    (tmp_path / "_C").mkdir()
+    files = [tmp_path / "__init__.py", tmp_path / "_C" / "lib.so"]
+    keys = set()
+    for content in ("1", "2", "33"):
+        for file in files:
+            file.write_text(content)
+            os.utime(file, ns=(0, len(keys)))
+            names.files_key.cache_clear()
+            keys.add(names.files_key(tmp_path))
+    assert len(keys) == 6
+    names.files_key.cache_clear()
+    assert names.files_key(tmp_path) in keys
+    assert triton.runtime.cache.triton_key() == names.files_key(Path(triton.__file__).parent)
 
 
 def test_a_worker_leaves_kernels_where_they_are_found(tmp_path, monkeypatch):
@@ -221,23 +266,29 @@ def test_a_worker_leaves_kernels_where_they_are_found(tmp_path, monkeypatch):
         return triton.compiler.ASTSource(_rms_norm_kernel, signature, places, {})
 
     src = source()
-    worker = Worker(tmp_path)
+    workers = Workers(tmp_path, 2)
+    worker = workers.each[1]
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(triton.compiler.CompiledKernel, "_init_handles", lambda self: None)
+    deadline = time.monotonic() + 60
+    while not worker.is_ready() and time.monotonic() < deadline:
+        time.sleep(0.05)
     with compile_ahead._Pool([worker]) as pool:
         pool.submit(lambda: triton.compile(src, target=target, options=vars(options))).result()
     assert hits == [True]
     assert not worker.compile(Job.of(source(), target, options)._replace(name="nothing"))
     assert not worker.compile(Job.of(source(), target, options)._replace(options={"num_warps": lambda: 1}))
-    worker.close()
-    assert worker._process.poll() is not None
+    workers.close()
+    assert workers._process.poll() == 0
 
 
 def test_a_worker_that_died_is_no_loss(tmp_path):
-    worker = Worker(tmp_path)
-    worker._process.kill()
-    worker._process.wait()
+    workers = Workers(tmp_path, 1)
+    workers._process.kill()
+    workers._process.wait()
+    (worker,) = workers.each
     job = Job(type(None), "module", "name", {}, {}, {}, None, {})
+    assert not worker.is_ready()
     assert not worker.compile(job)
-    worker.close()
+    workers.close()

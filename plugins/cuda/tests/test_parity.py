@@ -5,6 +5,7 @@ The demo model is always there; ``DOVETAIL_TEST_MODELS`` may name a folder with 
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +14,10 @@ from typing import Any
 import pytest
 
 from dovetail import LLM, SamplingParams
+from dovetail.plugins.requirements import explain_unmet
+from dovetail_cuda.graphs import GraphPool
 from dovetail_cuda.platform import CudaPlatform
+from dovetail_cuda.plugin import CUDNN
 
 MODELS = Path(os.environ.get("DOVETAIL_TEST_MODELS", "/nonexistent"))
 LARGER = [path for name in ("fable-30m", "fable-moe") if (path := MODELS / name).is_dir()]
@@ -21,6 +25,7 @@ CHECKPOINTS = [Path(str(files("dovetail_models"))) / "checkpoints/fable-4m", *LA
 COUNT = 96
 MARGIN = 0.1
 """Nats by which the most likely token leads. In bfloat16 two orders of summation may swap tokens that are closer."""
+needs_cudnn = pytest.mark.skipif(bool(explain_unmet(CUDNN)), reason="lacks nvidia-cudnn-frontend")
 pytestmark = [
     pytest.mark.skipif(not CudaPlatform.probe().available, reason="lacks a GPU"),
     pytest.mark.timeout(600),
@@ -62,9 +67,11 @@ def test_float32_gives_the_tokens_of_the_cpu(model: Path, options: dict[str, Any
 
 
 @pytest.mark.parametrize("model", CHECKPOINTS, ids=lambda path: path.name)
-def test_bfloat16_gives_the_tokens_of_the_cpu_where_one_leads_clearly(model: Path) -> None:
+@pytest.mark.parametrize("attention", ["triton", pytest.param("cudnn", marks=needs_cudnn)])
+def test_bfloat16_gives_the_tokens_of_the_cpu_where_one_leads_clearly(attention: str, model: Path) -> None:
     compared, unclear = 0, []
-    for mine, theirs in zip(generate(model, "cuda", "bfloat16"), generate(model, "cpu", "bfloat16"), strict=True):
+    got = generate(model, "cuda", "bfloat16", attention=attention)
+    for mine, theirs in zip(got, generate(model, "cpu", "bfloat16"), strict=True):
         for (token, _), (right, lead) in zip(mine, theirs, strict=True):
             if token != right:
                 unclear.append(lead)  # from here on the texts differ
@@ -72,3 +79,46 @@ def test_bfloat16_gives_the_tokens_of_the_cpu_where_one_leads_clearly(model: Pat
             compared += 1
     assert max(unclear, default=0.0) < MARGIN
     assert compared > 24 * COUNT / 2
+
+
+EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 512,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "norm_topk_prob": True,
+    "vocab_size": 4096,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8", "int8-w8a8", "fp8-w8a8"])
+def test_quantized_experts_in_graphs_give_the_tokens_of_plain_steps(
+    quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(EXPERTS))
+    captured: list[int] = []
+    capture = GraphPool.capture
+    monkeypatch.setattr(GraphPool, "capture", lambda pool, run: (captured.append(1), capture(pool, run))[1])
+    options = {"load_format": "dummy", "tokenizer": str(CHECKPOINTS[0]), "quantization": quantization}
+    prompts = [{"prompt_token_ids": [(31 * i + 7 * j) % 4000 for j in range(3 + 5 * i)]} for i in range(16)]
+    params = SamplingParams(temperature=0.0, max_tokens=COUNT, ignore_eos=True, detokenize=False)
+    outputs = []
+    for eager in (True, False):
+        with LLM(str(tmp_path), platform="cuda", dtype="bfloat16", max_num_seqs=16, eager=eager, **options) as llm:
+            done = [llm.generate(prompts, params, use_tqdm=False) for _ in range(2)]
+        outputs.append([[output.outputs[0].token_ids for output in each] for each in done])
+        assert bool(captured) != eager
+    assert outputs[0] == outputs[1]
+    assert len({tuple(tokens) for tokens in outputs[0][0]}) == len(prompts)
+    assert not caplog.records  # no size runs without a graph

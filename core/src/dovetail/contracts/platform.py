@@ -187,7 +187,7 @@ class Platform(ABC):
     def memory(self) -> MemoryInfo:
         """Device memory now.
 
-        Phase: load. Order: 5. Times: before and after the weights, and after the largest step if it counts peaks. May
+        Phase: load. Order: 6. Times: before and after the weights, and after the largest step if it counts peaks. May
         raise: nothing.
         """
         ...
@@ -213,9 +213,16 @@ class Platform(ABC):
     def shape_policy(self, max_tokens: int, max_requests: int) -> ShapePolicy:
         """Which step sizes exist, given the largest step.
 
-        Phase: load. Order: 4. Times: once. May raise: ConfigError.
+        Phase: load. Order: 5. Times: once. May raise: ConfigError.
         """
         ...
+
+    def prepare(self, run: Callable[[], object]) -> None:  # noqa: B027  most have nothing to do
+        """``run`` will be called soon, for its results. A platform that compiles what it launches may call it now, to
+        find out what that is and compile all of it together; what is computed meanwhile nobody reads.
+
+        Phase: load. Order: 4. Times: before each self-check. May raise: nothing.
+        """
 
     def staging(self, nbytes: int) -> Tensor:
         """Host memory to read files into, on its way to the device: uint8 ``[nbytes]``.
@@ -223,7 +230,7 @@ class Platform(ABC):
         A platform whose device copies on its own, which takes memory that stays in place, gives pinned memory: the
         engine then reads the next piece while one is copied.
 
-        Phase: load. Order: 6. Times: often, where weights are read from files. May raise: nothing.
+        Phase: load. Order: 7. Times: often, where weights are read from files. May raise: nothing.
         """
         return torch.empty(nbytes, dtype=torch.uint8)
 

@@ -98,7 +98,7 @@ class LoadedModel:
             block_size=config.block_size,
         )
         facts = type(model).facts(config.hf_config)
-        self_check.check_attention(config, platform.device, shapes, backend, facts.attention)
+        self_check.check_attention(config, platform, shapes, backend, facts.attention)
         return cls(config, platform, facts, model, backend)
 
     def block_bytes(self, groups: Sequence[KVGroup]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -52,10 +52,12 @@ def checked_ops(part: Selection, platform: Platform, dtype: torch.dtype) -> OpTa
         raise _lie(part, "--platform", f"claims device type {claimed['device_type']!r}, and runs on {platform.device}")
     if claimed:
         _check_claimed_ops(part, platform, set(overrides), set(claimed["ops"]))
-    for name in sorted(set(overrides) & set(_EXAMPLES)):
-        problem = _op_problem(_EXAMPLES[name], name, overrides, platform.device, dtype)
+    trials = [_Trial(name, overrides, platform.device, dtype) for name in sorted(set(overrides) & set(_EXAMPLES))]
+    platform.prepare(lambda: [trial.run() for trial in trials])
+    for trial in trials:
+        problem = trial.problem()
         if problem:
-            raise _lie(part, "--platform", f"claims operation {name!r} for {_name(dtype)}, but {problem}")
+            raise _lie(part, "--platform", f"claims operation {trial.name!r} for {_name(dtype)}, but {problem}")
     return ops
 
 
@@ -76,7 +78,7 @@ def _check_claimed_ops(part: Selection, platform: Platform, given: set[str], cla
 @torch.inference_mode()
 def check_attention(
     config: EngineConfig,
-    device: torch.device,
+    platform: Platform,
     shapes: ShapePolicy,
     backend: AttentionBackend,
     specs: Sequence[AttentionSpec],
@@ -86,7 +88,7 @@ def check_attention(
     A backend that prepares projections itself runs it a second time, from projections.
 
     Args:
-        device, shapes: of the platform.
+        shapes: of the platform.
         specs: one per layer.
 
     Raises:
@@ -100,17 +102,25 @@ def check_attention(
         max_tokens=config.max_num_batched_tokens,
         max_len=config.max_model_len,
         num_groups=len(groups),
-        device=device,
+        device=platform.device,
         dtype=getattr(torch, config.dtype),
         kv_dtype=getattr(torch, config.kv_dtype),
     )
     group_of = {layer: number for number, group in enumerate(groups) for layer in group.layers}
     prepares = type(backend).forward_projected is not AttentionBackend.forward_projected
     entries = [_plain, _projected] if prepares else [_plain]
-    for spec, number in dict.fromkeys((spec, group_of[layer]) for layer, spec in enumerate(specs)):
+    kinds = list(dict.fromkeys((spec, group_of[layer]) for layer, spec in enumerate(specs)))
+    for spec, _ in kinds:
         _check_pages(part, backend, spec)
-        problems = [_attention_problem(backend, entry, _felt(spec), number, shapes, batch) for entry in entries]
-        for problem in filter(None, problems):
+    runs = [
+        _Attending(backend, entry, spec, number, backend.allocate(spec, batch.num_blocks), shapes, batch)
+        for spec, number in ((_felt(spec), number) for spec, number in kinds)
+        for entry in entries
+    ]
+    platform.prepare(lambda: [run.step(step) for run in runs for step in batch.steps()])
+    for run in runs:
+        problem, spec = run.problem(), run.spec
+        if problem:
             raise _lie(part, "--attention", f"claims {_capabilities(spec, batch.kv_dtype)}, but {problem}")
 
 
@@ -133,30 +143,47 @@ def _projected(
     return backend.forward_projected(qkv_TE, tables.positions_T, batch.rotation(layer[2].head_size), *layer)
 
 
-def _attention_problem(
-    backend: AttentionBackend, entry: Entry, spec: AttentionSpec, group: int, shapes: ShapePolicy, batch: TinyBatch
-) -> str:
-    cache = backend.allocate(spec, batch.num_blocks)
-    k_cache, v_cache = batch.reference_cache(spec)
-    for step in batch.steps():
-        q, k, v = batch.inputs(spec, step)
-        tables = batch.tensors(step, shapes)
-        rows = len(tables.token_ids_T)
-        qkv = [batch.on_device(x, rows - step.num_tokens) for x in (q, k, v)]
-        out = entry(backend, tables, qkv, (cache, backend.build_metadata(tables, group), spec), batch)
-        if entry is _projected:
-            q, k = batch.turned(step, q), batch.turned(step, k)
-        reference.write_kv(batch.stored(k), batch.stored(v), k_cache, v_cache, step.slots_T)
-        if not step.judged:
-            continue
-        starts, lengths, table_RB = step.starts, step.lengths, batch.table_RB[step.requests]
-        want = reference.paged_attention(
-            q, k_cache, v_cache, table_RB, starts, lengths, spec.scale, spec.window, spec.soft_cap
-        )
-        problem = _difference(out, want, rows, step, batch)
-        if problem:
-            return problem
-    return ""
+@dataclass(frozen=True, slots=True)
+class _Attending:
+    """One kind of layer, attending through one method."""
+
+    backend: AttentionBackend
+    entry: Entry
+    spec: AttentionSpec
+    group: int
+    cache: KVCache
+    shapes: ShapePolicy
+    batch: TinyBatch
+
+    def step(self, step: TinyStep) -> Tensor:
+        """Its output for one step, padding included."""
+        tables = self.batch.tensors(step, self.shapes)
+        padding = len(tables.token_ids_T) - step.num_tokens
+        qkv = [self.batch.on_device(x, padding) for x in self.batch.inputs(self.spec, step)]
+        layer = self.cache, self.backend.build_metadata(tables, self.group), self.spec
+        return self.entry(self.backend, tables, qkv, layer, self.batch)
+
+    def problem(self) -> str:
+        """What is wrong with its outputs; empty if nothing is."""
+        batch, spec = self.batch, self.spec
+        k_cache, v_cache = batch.reference_cache(spec)
+        for step in batch.steps():
+            out = self.step(step)
+            q, k, v = batch.inputs(spec, step)
+            if self.entry is _projected:
+                q, k = batch.turned(step, q), batch.turned(step, k)
+            reference.write_kv(batch.stored(k), batch.stored(v), k_cache, v_cache, step.slots_T)
+            if not step.judged:
+                continue
+            starts, lengths, table_RB = step.starts, step.lengths, batch.table_RB[step.requests]
+            want = reference.paged_attention(
+                q, k_cache, v_cache, table_RB, starts, lengths, spec.scale, spec.window, spec.soft_cap
+            )
+            rows = self.shapes.fit(step.num_tokens, len(step.requests)).num_tokens
+            problem = _difference(out, want, rows, step, batch)
+            if problem:
+                return problem
+        return ""
 
 
 def _difference(out: Tensor, want: Tensor, rows: int, step: TinyStep, batch: TinyBatch) -> str:
@@ -227,28 +254,35 @@ def _lie(part: Selection, option: str, what: str) -> PluginLoadError:
     )
 
 
-def _op_problem(
-    example: Callable[[torch.Generator], tuple[Any, ...]],
-    name: str,
-    overrides: Mapping[str, Any],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> str:
-    """How an override differs from the reference on a small example; empty if it does not."""
-    given = [_cast(value, dtype) for value in example(torch.Generator().manual_seed(0))]
-    want = _tuple(getattr(reference, name)(*(_cast(value, torch.float32) for value in given)))
-    inputs = [value.to(device) if isinstance(value, Tensor) else value for value in given]
-    if name == "linear":
-        inputs[1] = overrides.get("linear_pack", reference.linear_pack)(inputs[1])
-    got = _tuple(overrides[name](*inputs))
-    if [tuple(x.shape) for x in got] != [tuple(x.shape) for x in want]:
-        return f"returns shapes {[list(x.shape) for x in got]} instead of {[list(x.shape) for x in want]}"
-    allowed = TOLERANCE.get(dtype, NARROW_TOLERANCE)
-    for mine, right in zip(got, want, strict=True):
-        error = (mine.detach().to("cpu", torch.float32) - right).abs().max() / right.abs().max()
-        if not error <= allowed:
-            return f"its result is off by {float(error):.2g} where {allowed:.2g} is allowed"
-    return ""
+class _Trial:
+    """An override on a small example, beside the reference."""
+
+    def __init__(self, name: str, overrides: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+        self.name = name
+        self._overrides = overrides
+        self._dtype = dtype
+        self._given = [_cast(value, dtype) for value in _EXAMPLES[name](torch.Generator().manual_seed(0))]
+        self._inputs = [value.to(device) if isinstance(value, Tensor) else value for value in self._given]
+
+    def run(self) -> tuple[Tensor, ...]:
+        """What it returns."""
+        inputs = list(self._inputs)
+        if self.name == "linear":
+            inputs[1] = self._overrides.get("linear_pack", reference.linear_pack)(inputs[1])
+        return _tuple(self._overrides[self.name](*inputs))
+
+    def problem(self) -> str:
+        """How that differs from the reference; empty if it does not."""
+        want = _tuple(getattr(reference, self.name)(*(_cast(value, torch.float32) for value in self._given)))
+        got = self.run()
+        if [tuple(x.shape) for x in got] != [tuple(x.shape) for x in want]:
+            return f"returns shapes {[list(x.shape) for x in got]} instead of {[list(x.shape) for x in want]}"
+        allowed = TOLERANCE.get(self._dtype, NARROW_TOLERANCE)
+        for mine, right in zip(got, want, strict=True):
+            error = (mine.detach().to("cpu", torch.float32) - right).abs().max() / right.abs().max()
+            if not error <= allowed:
+                return f"its result is off by {float(error):.2g} where {allowed:.2g} is allowed"
+        return ""
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -11,25 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
-from triton.runtime._async_compile import AsyncCompileMode, FutureKernel, active_mode
+from triton.runtime._async_compile import AsyncCompileMode, active_mode
 from triton.runtime.jit import JITFunction
 
 from dovetail.contracts.attention import StepTensors
 from dovetail.contracts.platform import StepFunction
-from dovetail_cuda.compile_worker import Job, Worker
+from dovetail_cuda.compile_worker import Job, Worker, Workers
 from dovetail_cuda.tensors import replaced
 
-THREADS = 8
+THREADS = 12
 
 
 class CompiledAhead:
     """A step that finds its kernels compiled when it runs.
 
-    Met for the first time, it is gone through without the kernels that are not compiled yet, while threads compile
-    them. What such a kernel would have written is zero meanwhile: an index into anything, and a number like any other.
+    Met for the first time, it is gone through without kernels, while threads compile them. What a kernel would have
+    written is zero meanwhile: an index into anything, and a number like any other.
     If it was a step of padding, whose results nobody reads, that is all for now, and the next size can be met while the
-    threads work; but the last size runs, when they are done.
+    threads work; but the last size runs. A kernel that is launched then is waited for, but no other.
     """
 
     def __init__(self, step: StepFunction, run: StepFunction, compilers: Compilers, is_last: bool = False) -> None:
@@ -58,7 +59,6 @@ class CompiledAhead:
                 self._compilers.follow(outputs[1])
             if step.max_seq_len == 0 and not self._is_last:
                 return outputs
-        self._compilers.wait()
         outputs = self._run(step, metadata)
         self._has_run = True
         return outputs
@@ -67,11 +67,12 @@ class CompiledAhead:
 class Compilers:
     """Threads that compile what is left out."""
 
-    def __init__(self, then: Callable[[Tensor], None], workers: Sequence[Worker] = ()) -> None:
+    def __init__(self, then: Callable[[Tensor], None], workers: Workers | None = None) -> None:
         """``then`` launches what is to be compiled as well, given the logits of the first step that is met. Processes
         compile for the threads, if there are any.
         """
-        self._pool = _Pool(workers)
+        self._workers = workers
+        self._pool = _Pool(() if workers is None else workers.each)
         self._mode = _Mode(self._pool)
         self._then: Callable[[Tensor], None] | None = then
 
@@ -83,29 +84,25 @@ class Compilers:
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
-        """Meanwhile kernels that are not compiled are not launched, but compiled."""
+        """Meanwhile kernels are not launched, but compiled."""
         run = JITFunction.run
 
-        def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-            compiled = run(kernel, *args, grid=grid, warmup=True, **options)
-            if isinstance(compiled, FutureKernel):
-                return compiled
-            return run(kernel, *args, grid=grid, warmup=warmup, **options)
+        def only_compile(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            return run(kernel, *args, grid=grid, warmup=True, **options)
 
         with self._mode, _Zeroed():
-            JITFunction.run = launch
+            JITFunction.run = only_compile
             try:
                 yield
             finally:
                 JITFunction.run = run
 
-    def wait(self) -> None:
-        """Until all of them are compiled, and on the device."""
-        self._mode.wait()
-
     def close(self) -> None:
-        """Nothing is left to compile: let the processes end."""
+        """Nothing else is to be compiled: wait for what is not done, and let the processes end."""
+        self._mode.wait()
         self._pool.dismiss()
+        if self._workers is not None:
+            self._workers.close()
 
 
 class _Mode(AsyncCompileMode):  # type: ignore[misc]  # Triton has no types
@@ -144,26 +141,30 @@ class _Pool(ThreadPoolExecutor):
         return super().submit(ready)
 
     def dismiss(self) -> None:
-        """Let the processes end, once they are idle."""
+        """Ask no process any more."""
         while not self._idle.empty():
-            self._idle.get().close()
+            self._idle.get()
 
     def _ask_a_worker(self, compile_it: Callable[..., Any]) -> None:
-        """If one is free; else this process compiles."""
+        """If one is ready and free; else this process compiles."""
         about = getclosurevars(compile_it).nonlocals  # of the function in Triton that calls the compiler
         try:
             job = Job.of(about["src"], about["target"], about["options"])
             worker = self._idle.get_nowait()
         except (KeyError, Empty):  # another release of Triton, or nobody there
             return
-        worker.compile(job)
+        if worker.is_ready():
+            worker.compile(job)
         self._idle.put(worker)
 
 
 class _Zeroed(TorchFunctionMode):
-    """Memory that nobody has written to is zero."""
+    """Memory that nobody has written to is zero, and so are products, which would take as long as those of a step."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is linear:
+            x, weight_OI = args[:2]
+            return x.new_zeros(*x.shape[:-1], len(weight_OI))
         result = func(*args, **(kwargs or {}))
         return result.zero_() if func in _UNWRITTEN else result
 

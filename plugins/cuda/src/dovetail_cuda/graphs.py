@@ -57,8 +57,7 @@ class GraphPool:
     def capture(self, run: Callable[[], _Result]) -> tuple[torch.cuda.CUDAGraph, _Result]:
         """Record what ``run`` launches. Nothing of it runs before the graph is replayed."""
         graph = torch.cuda.CUDAGraph()
-        if self._room:
-            torch.cuda.empty_cache()  # nothing can be taken back from other tensors during a capture
+        torch.cuda.empty_cache()  # nothing can be taken back from what others used during a capture
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")

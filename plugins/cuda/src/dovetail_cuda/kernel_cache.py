@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from threading import Thread
 
 import torch
 
@@ -44,8 +43,6 @@ class KernelCache:
         self.folder = folder
         self._mark = folder / f"complete-{_digest(workload)}"
         self.is_complete = self._mark.exists()
-        # Every kernel's name is made with a hash of the whole compiler, hundreds of MB: known before the first asks.
-        Thread(target=triton.runtime.cache.triton_key, name="compiler-hash", daemon=True).start()
 
     def complete(self) -> None:
         """Every step size has been met: for the starts to come."""

@@ -27,7 +27,7 @@ from dovetail_cuda.transfers import Transfers
 
 if TYPE_CHECKING:
     from dovetail_cuda.compile_ahead import Compilers
-    from dovetail_cuda.compile_worker import Worker
+    from dovetail_cuda.compile_worker import Workers
 
 DRIVER = Path("/proc/driver/nvidia")
 OLDEST = (8, 0)
@@ -69,7 +69,7 @@ class CudaPlatform(Platform):
         self._pool = None if config.eager else GraphPool(self._device)
         self._transfers = Transfers(self._device)
         self._compilers: Compilers | None = None
-        self._workers: list[Worker] = []
+        self._workers: Workers | None = None
         self._kernels = None if config.cache is None else KernelCache(config.cache, capability, config.workload)
 
     @property
@@ -108,14 +108,20 @@ class CudaPlatform(Platform):
         from dovetail_cuda.ops import table  # Triton is there, or this platform would not have been chosen
 
         if self._kernels is not None and not (self._pool is None or self._kernels.is_complete or self._workers):
-            from dovetail_cuda.compile_worker import WORKERS, Worker
+            from dovetail_cuda.compile_worker import Workers
 
-            self._workers = [Worker(self._kernels.folder) for _ in range(WORKERS)]  # they import while others work
+            self._workers = Workers(self._kernels.folder)  # they import while others work
         return table()
 
     def shape_policy(self, max_tokens: int, max_requests: int) -> ShapePolicy:
         """One size per number of tokens."""
         return GraphShapes(max_tokens, max_requests, every_size=not self._has_all_kernels())
+
+    def prepare(self, run: Callable[[], object]) -> None:
+        """Compile together what it launches."""
+        if self._pool is not None and not self._has_all_kernels():
+            with self._compilers_for_all().left_out():
+                run()
 
     def staging(self, nbytes: int) -> Tensor:
         """Pinned memory."""
@@ -140,21 +146,25 @@ class CudaPlatform(Platform):
         return self._kernels is not None and self._kernels.is_complete
 
     def _compiled_ahead(self, step: StepFunction, run: StepFunction, bucket: Bucket) -> StepFunction:
-        from dovetail_cuda.compile_ahead import CompiledAhead, Compilers
+        from dovetail_cuda.compile_ahead import CompiledAhead
+
+        is_last = bucket.num_tokens == 1  # the ladder ends with the smallest
+        return CompiledAhead(step, run, self._compilers_for_all(), is_last)
+
+    def _compilers_for_all(self) -> Compilers:
+        from dovetail_cuda.compile_ahead import Compilers
         from dovetail_cuda.sampling_ahead import sample_every_way
 
         if self._compilers is None:
             self._compilers = Compilers(sample_every_way, self._workers)
-
-        is_last = bucket.num_tokens == 1  # the ladder ends with the smallest
-        return CompiledAhead(step, run, self._compilers, is_last)
+        return self._compilers
 
     def warmed_up(self) -> None:
         """All kernels are compiled: for the starts to come."""
-        if self._kernels is not None and self._pool is not None:
-            self._kernels.complete()
         if self._compilers is not None:
             self._compilers.close()
+        if self._kernels is not None and self._pool is not None:
+            self._kernels.complete()
 
 
 def _why_none() -> str:

@@ -4,6 +4,7 @@ Dimension letters are those of :mod:`dovetail.contracts`. Nothing here waits for
 depends on the shapes of its arguments alone, so every function can be captured in a graph.
 """
 
-from dovetail_cuda.kernels.names import name_helpers_first
+from dovetail_cuda.kernels.names import know_the_compiler_by_its_files, name_helpers_first
 
 name_helpers_first()
+know_the_compiler_by_its_files()
