@@ -46,6 +46,7 @@ def test_words(site):
     assert explain_unmet(["quill>=2", "sand"]) == (
         "requires quill>=2, and 1.5.2 is installed, sand, which is not installed; run: pip install 'quill>=2' 'sand'"
     )
+    assert explain_unmet(["quill>=2", "sand"], "scribe[full]").endswith("; run: pip install 'scribe[full]'")
     assert pip_install(["a>1"]) == "pip install 'a>1'"
 
 
@@ -55,12 +56,12 @@ from dovetail.plugins.manifest import QuantManifest
 
 @hookimpl
 def dovetail_register_quant_methods(register):
-    register(QuantManifest(name="q", summary="", requires={requires}), "json:loads")
+    register(QuantManifest(name="q", summary="", requires={requires}, extra={extra!r}), "json:loads")
 """
 
 
-def discover(site, requires):
-    install(site, "wants", SOURCE.format(requires=requires))
+def discover(site, requires, extra=""):
+    install(site, "wants", SOURCE.format(requires=requires, extra=extra))
     discovery = PluginHost().discover(warn=False)
     return discovery.registries, next(plugin for plugin in discovery.plugins if plugin.name == "wants")
 
@@ -73,6 +74,15 @@ def test_missing_requirement_is_a_warning_and_refuses_the_target(site):
     with pytest.raises(PluginLoadError) as caught:
         registries.quant.get("q").load()
     assert str(caught.value) == f"'q' of plugin 'wants' (dist-wants 1.0) {what}"
+
+
+def test_missing_extra_is_no_warning(site):
+    registries, status = discover(site, ("quill>=2",), "full")
+    assert (status.state, status.warnings) == ("loaded", ())
+    with pytest.raises(
+        PluginLoadError, match=r"quill>=2, which is not installed; run: pip install 'dist-wants\[full\]'"
+    ):
+        registries.quant.get("q").load()
 
 
 def test_met_requirement(site):

@@ -232,9 +232,9 @@ def _old_version(staged: tuple[Hook, Entry[Any]]) -> str:
 
 
 def _lacking(staged: tuple[Hook, Entry[Any]]) -> str:
-    """A warning, if something that it requires is not installed; else nothing."""
+    """A warning, if something that it requires is not installed, unless that is an extra; else nothing."""
     _, entry = staged
-    gap = explain_unmet(entry.manifest.requires)
+    gap = "" if entry.manifest.extra else explain_unmet(entry.manifest.requires)
     return f"{entry.name!r} cannot be used: it {gap}." if gap else ""
 
 

@@ -20,6 +20,8 @@ class Manifest:
         priority: among candidates that all fit, the highest is chosen.
         requires: what must be installed beside the plugin's own dependencies, as PEP 508 requirements (``"fancy>=2"``);
             checked before the target is imported.
+        extra: name of the distribution's extra that brings those. With one, that they are missing is somebody's choice,
+            and no warning; who asks for it nevertheless is told to install the extra.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Manifest:
     api: int = 1
     priority: int = 0
     requires: tuple[str, ...] = ()
+    extra: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

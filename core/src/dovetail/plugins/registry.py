@@ -65,7 +65,8 @@ class Entry(msgspec.Struct, Generic[M], frozen=True, kw_only=True):
             PluginLoadError: something that it requires is not installed, the import failed, or the attribute does
                 not exist; names the owner, the cause and what to do.
         """
-        gap = explain_unmet(self.manifest.requires)
+        extra = self.manifest.extra
+        gap = explain_unmet(self.manifest.requires, f"{self.distribution}[{extra}]" if extra else "")
         if gap:
             raise PluginLoadError(f"{self.name!r} of {self.owner} {gap}.")
         return import_target(self.target, self.name, self.owner, self.distribution)

@@ -55,12 +55,17 @@ def pip_install(requirements: Iterable[str]) -> str:
     return " ".join(["pip install", *(f"'{requirement}'" for requirement in requirements)])
 
 
-def explain_unmet(requirements: Iterable[str]) -> str:
-    """What is missing and the command that brings it; empty if nothing is."""
+def explain_unmet(requirements: Iterable[str], bundle: str = "") -> str:
+    """What is missing and the command that brings it; empty if nothing is.
+
+    Args:
+        bundle: a requirement that brings all of them.
+    """
     missing = unmet(requirements)
     if not missing:
         return ""
-    return f"requires {', '.join(map(_with_installed, missing))}; run: {pip_install(missing)}"
+    command = pip_install([bundle] if bundle else missing)
+    return f"requires {', '.join(map(_with_installed, missing))}; run: {command}"
 
 
 def _with_installed(requirement: str) -> str:
