@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-COLUMNS = 6
+COLUMNS = 7
+NUMBER = 6
+"""The column that has the number of tiles."""
 KEYS = 64
 """Of a step of the kernel; tiles of as many steps are equally long."""
 
@@ -15,8 +17,8 @@ def prompt_tiles(query_start_R1: Tensor, seq_lens_R: Tensor, tokens: int, querie
     """int32 ``[tiles, COLUMNS]``; as many tiles as any step of these sizes can need, without waiting for the device.
 
     A row has the first token; how many queries attend; the first one's position; the request and its length; how many
-    tokens are written. Padding after the last request is written, but nothing attends. Tiles that nothing is left for
-    have zeros.
+    tokens are written; and, the same in all, how many tiles write. The others come last. Padding after the last request
+    is written, but nothing attends: its rows are before every key.
 
     Args:
         queries: of a tile, at most.
@@ -31,7 +33,9 @@ def prompt_tiles(query_start_R1: Tensor, seq_lens_R: Tensor, tokens: int, querie
     left = (count - offset).clamp(0, queries)
     attending = torch.where(request < requests, left, 0)
     length = F.pad(seq_lens_R.long(), (0, 1))[request]
-    position = torch.where(attending > 0, length - count + offset, 0)
-    columns = torch.stack([starts[request] + offset, attending, position, request, length, left], 1)
-    order = ((position + attending + KEYS - 1) // KEYS).argsort(descending=True, stable=True)
+    position = torch.where(attending > 0, length - count + offset, -queries)
+    number = (left > 0).sum().expand(len(tile))
+    columns = torch.stack([starts[request] + offset, attending, position, request, length, left, number], 1)
+    steps = ((position + attending + KEYS - 1) // KEYS).clamp(min=1)
+    order = torch.where(left > 0, steps, 0).argsort(descending=True, stable=True)
     return columns[order].int()

@@ -3,7 +3,8 @@
 The scheme is FlashAttention-3's (Shah et al. 2024, arXiv:2407.08608). A tile has 128 rows: queries of one request for
 all query heads of a key/value head. Each group has 64 of them, and both read the same keys and values. The copy engine
 takes pages as they lie in the cache, so a prompt's own keys are read like those before. Programs stay on their
-multiprocessor and walk through the tiles, longest first, while the copying warp runs ahead into the next one.
+multiprocessor and walk through the tiles, longest first. The copying warp runs ahead into the next one, whose first
+scores are computed while the sums of the one before are stored.
 
 Keys are walked from the last to the first: those that some rows must not see come first.
 """
@@ -28,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dovetail_cuda.kernels.prompt_tiles import COLUMNS, KEYS
+from dovetail_cuda.kernels.prompt_tiles import COLUMNS, KEYS, NUMBER
 
 ROWS = 128
 STAGES = 4
@@ -83,7 +84,6 @@ def attend_prompts(
         tiles,
         out_TE,
         scale * math.log2(math.e),
-        works,
         blocks * kv_heads,
         block_table_RB.stride(0),
         KV_HEADS=kv_heads,
@@ -93,12 +93,13 @@ def attend_prompts(
         KEYS=KEYS,
         STAGES=STAGES,
         COLUMNS=COLUMNS,
+        NUMBER=NUMBER,
         num_warps=4,
     )
     return out_TE
 
 
-@gluon.jit(do_not_specialize=["works", "num_pages", "table_stride"])
+@gluon.jit(do_not_specialize=["num_pages", "table_stride"])
 def _prompt_kernel(
     queries: tma.tensor_descriptor,
     keys: tma.tensor_descriptor,
@@ -107,7 +108,6 @@ def _prompt_kernel(
     tiles_ptr: gl.tensor,
     out_ptr: gl.tensor,
     scale: gl.tensor,
-    works: gl.tensor,
     num_pages: gl.tensor,
     table_stride: gl.tensor,
     KV_HEADS: gl.constexpr,
@@ -117,6 +117,7 @@ def _prompt_kernel(
     KEYS: gl.constexpr,
     STAGES: gl.constexpr,
     COLUMNS: gl.constexpr,
+    NUMBER: gl.constexpr,
     num_warps: gl.constexpr,
 ) -> None:
     dtype: gl.constexpr = out_ptr.dtype.element_ty
@@ -124,26 +125,29 @@ def _prompt_kernel(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     SLOTS: gl.constexpr = STAGES * (SIZE // COPIED) * (KEYS // PAGE)
     # The copy engine fills a slot: 64 elements of each row of a page. In this order they are what products read.
-    q_slots = gl.allocate_shared_memory(dtype, [2 * (SIZE // COPIED), COPIED // GROUP, GROUP, COPIED], queries.layout)
+    q_slots = gl.allocate_shared_memory(dtype, [4 * (SIZE // COPIED), COPIED // GROUP, GROUP, COPIED], queries.layout)
     k_slots = gl.allocate_shared_memory(dtype, [SLOTS, 1, PAGE, COPIED], keys.layout)
     v_slots = gl.allocate_shared_memory(dtype, [SLOTS, 1, PAGE, COPIED], values.layout)
-    q = seen_as(q_slots, dtype, [2, COPIED, SIZE], MATRIX)
+    q = seen_as(q_slots, dtype, [4, COPIED, SIZE], MATRIX)
     k = seen_as(k_slots, dtype, [STAGES, KEYS, SIZE], MATRIX)
     v = seen_as(v_slots, dtype, [STAGES, KEYS, SIZE], MATRIX)
-    q_bars = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    q_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    mbarrier.init(q_bars.index(0), count=1)
-    mbarrier.init(q_bars.index(1), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_free.index(i), count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_free.index(i), count=2)
         mbarrier.init(v_free.index(i), count=2)
     fence_async_shared()
-    bars = (q_bars, k_full, v_full, k_free, v_free)
+    bars = (q_full, q_free, k_full, v_full, k_free, v_free)
+    works = gl.load(tiles_ptr + NUMBER) * KV_HEADS
     gl.warp_specialize(
         [
             (_compute, (q, k, v, bars, tiles_ptr, out_ptr, scale, works, 0,
@@ -181,24 +185,23 @@ def _fetch(
     COLUMNS: gl.constexpr,
 ) -> None:
     """The copying warp."""
-    q_bars, k_full, v_full, k_free, v_free = bars
+    q_full, q_free, k_full, v_full, k_free, v_free = bars
     count = 0
     tiles_met = 0
     for work in range(gl.program_id(0), works, gl.num_programs(0)):
         kv_head = work % KV_HEADS
-        tile = tiles_ptr + work // KV_HEADS * COLUMNS
-        steps = (gl.load(tile + 2) + gl.load(tile + 1) + KEYS - 1) // KEYS
-        if steps > 0:
-            mbarrier.wait(q_bars.index(1), (tiles_met & 1) ^ 1)
-            mbarrier.expect(q_bars.index(0), 2 * COPIED * SIZE * 2)
-            token = gl.load(tile)
-            for half in gl.static_range(2):
-                for i in gl.static_range(SIZE // COPIED):
-                    place = [token + half * (COPIED // GROUP), kv_head * GROUP, i * COPIED]
-                    copy(queries, place, q_bars.index(0), q_slots.index(half * (SIZE // COPIED) + i))
-            tiles_met += 1
-        table = table_ptr + gl.load(tile + 3).to(gl.int64) * table_stride
-        length = gl.load(tile + 4)
+        token, attending, position, request, length, _ = _tile(tiles_ptr, work // KV_HEADS, COLUMNS)
+        steps = gl.maximum((position + attending + KEYS - 1) // KEYS, 1)
+        side, lap = tiles_met & 1, (tiles_met >> 1) & 1
+        mbarrier.wait(q_free.index(side), lap ^ 1)
+        mbarrier.expect(q_full.index(side), 2 * COPIED * SIZE * 2)
+        for half in gl.static_range(2):
+            for i in gl.static_range(SIZE // COPIED):
+                place = [token + half * (COPIED // GROUP), kv_head * GROUP, i * COPIED]
+                slot = (side * 2 + half) * (SIZE // COPIED) + i
+                copy(queries, place, q_full.index(side), q_slots.index(slot))
+        tiles_met += 1  # noqa: SIM113, kernels have no enumerate
+        table = table_ptr + request.to(gl.int64) * table_stride
         for j in range(steps):
             stage, phase = count % STAGES, (count // STAGES) & 1
             mbarrier.wait(k_free.index(stage), phase ^ 1)
@@ -269,61 +272,88 @@ def _compute(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // SIZE, SIZE // 8], [4, 1], [1, 0])
     dtype: gl.constexpr = out_ptr.dtype.element_ty
-    q_bars, k_full, v_full, k_free, v_free = bars
+    q_full, q_free, k_full, v_full, k_free, v_free = bars
     scores_row = HALF * COPIED + gl.arange(0, COPIED, layout=gl.SliceLayout(1, SCORES))
     row = HALF * COPIED + gl.arange(0, COPIED, layout=gl.SliceLayout(1, STORED))
     dims = gl.arange(0, SIZE, layout=gl.SliceLayout(0, STORED))
     count = 0
     tiles_met = 0
-    for work in range(gl.program_id(0), works, gl.num_programs(0)):
-        kv_head = work % KV_HEADS
-        tile = tiles_ptr + work // KV_HEADS * COLUMNS
-        first_position = gl.load(tile + 2)
-        length = gl.load(tile + 4)
-        steps = (first_position + gl.load(tile + 1) + KEYS - 1) // KEYS
-        masked = gl.maximum(steps - (first_position + 1) // KEYS, 1)  # steps with keys that not every row sees
+    begin, stride = gl.program_id(0), gl.num_programs(0)
+    token, attending, first_position, _, length, written = _tile(tiles_ptr, begin // KV_HEADS, COLUMNS)
+    if begin < works:
+        mbarrier.wait(q_full.index(0), 0)
+        mbarrier.wait(k_full.index(0), 0)
+    zeros = gl.zeros([COPIED, KEYS], gl.float32, SCORES)
+    asked = warpgroup_mma(q.index(HALF), k.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    for work in range(begin, works, stride):
+        following = gl.minimum(work + stride, works - 1) // KV_HEADS
+        next_token, next_attending, next_position, _, next_length, next_written = _tile(tiles_ptr, following, COLUMNS)
+        steps = gl.maximum((first_position + attending + KEYS - 1) // KEYS, 1)
+        masked = gl.maximum(steps - gl.maximum(first_position + 1, 0) // KEYS, 1)  # with keys that not every row sees
         position = first_position + scores_row // GROUP
         best = gl.full([COPIED], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
         total = gl.full([COPIED], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
         acc = gl.zeros([COPIED, SIZE], gl.float32, SUMS)
-        if steps > 0:
-            mbarrier.wait(q_bars.index(0), tiles_met & 1)
-            tiles_met += 1
-            stage = count % STAGES
-            mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-            zeros = gl.zeros([COPIED, KEYS], gl.float32, SCORES)
-            asked = warpgroup_mma(q.index(HALF), k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, [asked])
-            mbarrier.arrive(k_free.index(stage), count=1)
-            scores = _hide(scores, steps - 1, position, length, PAGE, KEYS, SCORES)
-            weights, _, best, total = _weigh(scores, best, total, scale, True)
-            p = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, SUMS, 2))
-            for j in range(1, masked):
-                acc, p, best, total = _advance(
-                    acc, p, best, total, q.index(HALF), k, v, k_full, v_full, k_free, v_free, count, scale,
-                    steps - 1 - j, position, length, True, PAGE, KEYS, STAGES, SCORES, SUMS,
-                )  # fmt: skip
-                count += 1
-            for j in range(masked, steps):
-                acc, p, best, total = _advance(
-                    acc, p, best, total, q.index(HALF), k, v, k_full, v_full, k_free, v_free, count, scale,
-                    steps - 1 - j, position, length, False, PAGE, KEYS, STAGES, SCORES, SUMS,
-                )  # fmt: skip
-                count += 1
-            mbarrier.arrive(q_bars.index(1), count=1)
-            stage = count % STAGES
-            mbarrier.wait(v_full.index(stage), (count // STAGES) & 1)
-            asked = warpgroup_mma(p, v.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, [asked])
-            mbarrier.arrive(v_free.index(stage), count=1)
+        side = tiles_met & 1
+        mine = q.index(side * 2 + HALF)
+        scores = warpgroup_mma_wait(0, [asked])
+        mbarrier.arrive(k_free.index(count % STAGES), count=1)
+        scores = _hide(scores, steps - 1, position, length, PAGE, KEYS, SCORES)
+        weights, _fade, best, total = _weigh(scores, best, total, scale, True)
+        p = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, SUMS, 2))
+        for j in range(1, masked):
+            acc, p, best, total = _advance(
+                acc, p, best, total, mine, k, v, k_full, v_full, k_free, v_free, count, scale,
+                steps - 1 - j, position, length, True, PAGE, KEYS, STAGES, SCORES, SUMS,
+            )  # fmt: skip
             count += 1
+        for j in range(masked, steps):
+            acc, p, best, total = _advance(
+                acc, p, best, total, mine, k, v, k_full, v_full, k_free, v_free, count, scale,
+                steps - 1 - j, position, length, False, PAGE, KEYS, STAGES, SCORES, SUMS,
+            )  # fmt: skip
+            count += 1
+        mbarrier.arrive(q_free.index(side), count=1)
+        tiles_met += 1  # noqa: SIM113, kernels have no enumerate
+        stage = count % STAGES
+        mbarrier.wait(v_full.index(stage), (count // STAGES) & 1)
+        sums_asked = warpgroup_mma(p, v.index(stage), acc, is_async=True)
+        count += 1
+        side, next_stage = tiles_met & 1, count % STAGES
+        if work + stride < works:
+            mbarrier.wait(q_full.index(side), (tiles_met >> 1) & 1)
+            mbarrier.wait(k_full.index(next_stage), (count // STAGES) & 1)
+        # The next tile's first scores; after the last tile they are of anything, and are not read.
+        asked = warpgroup_mma(
+            q.index(side * 2 + HALF), k.index(next_stage).permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
+        acc = warpgroup_mma_wait(1, [sums_asked])
+        mbarrier.arrive(v_free.index(stage), count=1)
         share = 1.0 / gl.where(total == 0.0, 1.0, total)
         acc = acc * gl.expand_dims(gl.convert_layout(share, gl.SliceLayout(1, SUMS)), 1)
-        token = (gl.load(tile) + row // GROUP).to(gl.int64)
-        places = (token * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP) * SIZE
-        mask = gl.expand_dims(row // GROUP < gl.load(tile + 5), 1)
+        kv_head = work % KV_HEADS
+        tokens = (token + row // GROUP).to(gl.int64)
+        places = (tokens * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP) * SIZE
+        mask = gl.expand_dims(row // GROUP < written, 1)
         out = gl.convert_layout(acc.to(dtype), STORED)
         gl.store(out_ptr + gl.expand_dims(places, 1) + gl.expand_dims(dims, 0), out, mask=mask)
+        token, attending, first_position = next_token, next_attending, next_position
+        length, written = next_length, next_written
+    warpgroup_mma_wait(0, [asked])
+
+
+@gluon.jit
+def _tile(tiles_ptr: gl.tensor, tile: gl.tensor, COLUMNS: gl.constexpr) -> tuple[gl.tensor, ...]:
+    """See :func:`prompt_tiles`."""
+    place = tiles_ptr + tile * COLUMNS
+    return (
+        gl.load(place),
+        gl.load(place + 1),
+        gl.load(place + 2),
+        gl.load(place + 3),
+        gl.load(place + 4),
+        gl.load(place + 5),
+    )
 
 
 @gluon.jit
