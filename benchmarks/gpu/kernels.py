@@ -1,16 +1,19 @@
 """Kernels of dovetail-cuda against the device's own ceilings, measured in the same run.
 
-    python benchmarks/gpu/kernels.py
+    python benchmarks/gpu/kernels.py [PART OF A CASE'S NAME ...]
 
 The floor of a case is the larger of its bytes over the copy bandwidth and its operations over the rate of a large
 product. Each case runs in a graph over several sets of inputs, which together exceed the cache; medians.
 """
 
+import sys
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from triton.testing import do_bench
 
-from dovetail.contracts.attention import AttentionSpec, Preparation
+from dovetail.contracts.attention import AttentionSpec, Preparation, StepTensors
 from dovetail.contracts.ops import OpTable
 from dovetail_cuda.attention import TritonAttention
 from dovetail_cuda.kernels.activation import silu_and_mul
@@ -18,7 +21,7 @@ from dovetail_cuda.kernels.experts import moe_experts
 from dovetail_cuda.kernels.linear import linear
 from dovetail_cuda.kernels.norm import add_rms_norm
 from dovetail_cuda.kernels.projection import prepare_and_store
-from dovetail_cuda.paged import PagedCache, PagedMetadata
+from dovetail_cuda.paged import PagedCache
 
 DEVICE, DTYPE, PAGE = "cuda", torch.bfloat16, 16
 HEADS, KV_HEADS, HEAD_SIZE, WIDTH = 32, 8, 128, 4096  # of an 8B model
@@ -58,20 +61,17 @@ def copies(size):
     return range(max(1, min(16, -(-APART // size))))
 
 
-def attention(requests, length, queries, shared=0):
+def attention(requests, length, queries, shared=0, backend=TritonAttention):
     pages = -(-length // PAGE)
     table = (1 + torch.randperm(requests * pages, device=DEVICE)).int().view(requests, pages)
     table[:, : shared // PAGE] = table[0, : shared // PAGE].clone()
-    starts = torch.arange(requests + 1, device=DEVICE, dtype=torch.int32) * queries
-    lengths = torch.full((requests,), length, device=DEVICE, dtype=torch.int32)
     q = randn(requests * queries, HEADS, HEAD_SIZE)
     size = 4 * (shared + requests * (length - shared)) * KV_HEADS * HEAD_SIZE
     caches = [PagedCache(*randn(2, requests * pages + 1, KV_HEADS, PAGE, HEAD_SIZE)) for _ in copies(size)]
-    backend = TritonAttention(ops=OpTable(), device=q.device, dtype=DTYPE, kv_dtype=DTYPE, block_size=PAGE)
+    made = backend(ops=OpTable(), device=q.device, dtype=DTYPE, kv_dtype=DTYPE, block_size=PAGE)
     spec = AttentionSpec(num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, scale=HEAD_SIZE**-0.5)
-    tables = {"block_table_RB": table, "query_start_R1": starts, "seq_lens_R": lengths}
-    metadata = PagedMetadata(**tables, slot_mapping_T=None)
-    calls = [lambda c=c: backend.attend(q, c, metadata, spec) for c in caches]
+    metadata = made.build_metadata(step(table, length, queries), 0)
+    calls = [lambda c=c: made.attend(q, c, metadata, spec) for c in caches]
     dense = [randn(2, requests, KV_HEADS, length, HEAD_SIZE) for _ in caches]
     q_RHTK = q.view(requests, queries, HEADS, HEAD_SIZE).transpose(1, 2)
     causal = queries == length
@@ -81,6 +81,28 @@ def attention(requests, length, queries, shared=0):
     visible = sum(length - queries + i + 1 for i in range(queries))
     comparable = causal or (queries == 1 and not shared)
     return size + 4 * q.numel(), 4 * HEADS * HEAD_SIZE * requests * visible, calls, peer if comparable else None
+
+
+def cudnn_attention(*case):
+    from dovetail_cuda.cudnn_attention import CudnnAttention  # its library may be absent
+
+    return attention(*case, backend=CudnnAttention)
+
+
+def step(table, length, queries):
+    requests = len(table)
+    tokens = torch.zeros(requests * queries, device=DEVICE, dtype=torch.int64)
+    return StepTensors(
+        token_ids_T=tokens,
+        positions_T=tokens,
+        query_start_R1=torch.arange(requests + 1, device=DEVICE, dtype=torch.int32) * queries,
+        seq_lens_R=torch.full((requests,), length, device=DEVICE, dtype=torch.int32),
+        block_tables=[table],
+        slot_mapping=[tokens],
+        logits_rows_S=tokens,
+        max_query_len=queries,
+        max_seq_len=length,
+    )
 
 
 def experts(tokens):
@@ -135,18 +157,22 @@ def gate(tokens):
     return size, 0, [lambda x=x: silu_and_mul(x) for x in inputs], None
 
 
+ATTENTION = {
+    "decode 64 × 640": (64, 640, 1),
+    "decode 1 × 384": (1, 384, 1),
+    "decode 256 × 1088": (256, 1088, 1),
+    "decode 256 × 1088, 1024 shared": (256, 1088, 1, 1024),
+    "decode 8 × 4096": (8, 4096, 1),
+    "decode 1 × 32768": (1, 32768, 1),
+    "3 drafts 64 × 640": (64, 640, 4),
+    "prefill 1 × 2048": (1, 2048, 2048),
+    "prefill 4 × 2048": (4, 2048, 2048),
+    "prefill 16 × 512": (16, 512, 512),
+    "prefill 64 × 64 after 1024 shared": (64, 1088, 64, 1024),
+}
 CASES = {
-    "attention, decode 64 × 640": lambda: attention(64, 640, 1),
-    "attention, decode 1 × 384": lambda: attention(1, 384, 1),
-    "attention, decode 256 × 1088": lambda: attention(256, 1088, 1),
-    "attention, decode 256 × 1088, 1024 shared": lambda: attention(256, 1088, 1, shared=1024),
-    "attention, decode 8 × 4096": lambda: attention(8, 4096, 1),
-    "attention, decode 1 × 32768": lambda: attention(1, 32768, 1),
-    "attention, 3 drafts 64 × 640": lambda: attention(64, 640, 4),
-    "attention, prefill 1 × 2048": lambda: attention(1, 2048, 2048),
-    "attention, prefill 4 × 2048": lambda: attention(4, 2048, 2048),
-    "attention, prefill 16 × 512": lambda: attention(16, 512, 512),
-    "attention, prefill 64 × 64 after 1024 shared": lambda: attention(64, 1088, 64, shared=1024),
+    **{f"attention, {name}": lambda case=case: attention(*case) for name, case in ATTENTION.items()},
+    **{f"attention cudnn, {name}": lambda case=case: cudnn_attention(*case) for name, case in ATTENTION.items()},
     "experts, 1 token": lambda: experts(1),
     "experts, 64 tokens": lambda: experts(64),
     "experts, 512 tokens": lambda: experts(512),
@@ -165,11 +191,15 @@ CASES = {
 }
 
 
-def main():
+def main(wanted):
     copy, product = ceilings()
     print(f"{torch.cuda.get_device_name()}: copy {copy / 1e9:.0f} GB/s, product {product / 1e12:.0f} TFLOP/s")
     print("| case | floor, µs | measured, µs | of the floor | torch, dense, µs |\n|---|---|---|---|---|")
     for name, case in CASES.items():
+        if name.startswith("attention cudnn") and find_spec("cudnn") is None:
+            continue
+        if wanted and not any(part in name for part in wanted):
+            continue
         size, operations, calls, peer = case()
         floor, took = max(size / copy, operations / product), seconds(calls)
         other = f"{seconds(peer) * 1e6:.1f}" if peer else ""
@@ -177,4 +207,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from dovetail.plugins.requirements import explain_unmet
 from dovetail.runner.executor import LocalExecutor
 from dovetail.testing.conformance import (
     AttentionSuite,
@@ -14,6 +15,7 @@ from dovetail.testing.conformance import (
     unregistered,
 )
 from dovetail_cuda.platform import CudaPlatform
+from dovetail_cuda.plugin import CUDNN
 
 EXECUTOR = ExecutorManifest(
     name="local",
@@ -40,6 +42,13 @@ class TestOps(OpsSuite):
 @needs_gpu
 class TestAttention(AttentionSuite):
     subject = registered("triton")
+
+
+if not explain_unmet(CUDNN):  # the suite imports what it tests
+
+    @needs_gpu
+    class TestCudnnAttention(AttentionSuite):
+        subject = registered("cudnn")
 
 
 @needs_gpu

@@ -6,5 +6,5 @@ def test_provides_a_platform_and_its_attention():
     assert (status.distribution, status.state, status.error) == ("dovetail-cuda", "loaded", None)
     assert {kind: list(names) for kind, names in status.provides.items()} == {
         "platforms": ["cuda"],
-        "attention": ["triton"],
+        "attention": ["triton", "cudnn"],
     }

@@ -45,8 +45,9 @@ class PagedCache:
 class PagedAttention(AttentionBackend):
     """One cache tensor each for keys and values, pages of a head contiguous; backends attend to it in their own way."""
 
-    def __init__(self, device: torch.device, kv_dtype: torch.dtype, block_size: int) -> None:
-        self._device, self._kv_dtype, self._block_size = device, kv_dtype, block_size
+    def __init__(self, device: torch.device, kv_dtype: torch.dtype, block_size: int, *, finite: bool = False) -> None:
+        """``finite``: whatever a model computes, all numbers of the cache are finite, at every time."""
+        self._device, self._kv_dtype, self._block_size, self._finite = device, kv_dtype, block_size, finite
 
     @abstractmethod
     def attend(self, q_THK: Tensor, cache: PagedCache, metadata: Any, spec: AttentionSpec) -> Tensor:
@@ -58,9 +59,10 @@ class PagedAttention(AttentionBackend):
         return 2 * self._block_size * spec.num_kv_heads * spec.head_size * self._kv_dtype.itemsize
 
     def allocate(self, spec: AttentionSpec, num_blocks: int) -> PagedCache:
-        """Not initialised: what no query sees is not read."""
+        """Not initialised where what no query sees is not read."""
         shape = (num_blocks, spec.num_kv_heads, self._block_size, spec.head_size)
-        keys, values = (torch.empty(shape, dtype=self._kv_dtype, device=self._device) for _ in range(2))
+        make = torch.zeros if self._finite else torch.empty
+        keys, values = (make(shape, dtype=self._kv_dtype, device=self._device) for _ in range(2))
         return PagedCache(keys, values)
 
     def forward(
@@ -74,7 +76,7 @@ class PagedAttention(AttentionBackend):
     ) -> Tensor:
         """Store, then attend."""
         k_cache_BPNK, v_cache_BPNK = cache.keys.transpose(1, 2), cache.values.transpose(1, 2)
-        write_kv(k_TNK, v_TNK, k_cache_BPNK, v_cache_BPNK, metadata.slot_mapping_T)
+        write_kv(k_TNK, v_TNK, k_cache_BPNK, v_cache_BPNK, metadata.slot_mapping_T, self._finite)
         return self.attend(q_THK, cache, metadata, spec)
 
     def forward_projected(
@@ -88,6 +90,14 @@ class PagedAttention(AttentionBackend):
     ) -> Tensor:
         """Normalise, turn and store in one kernel, then attend."""
         k_cache_BPNK, v_cache_BPNK = cache.keys.transpose(1, 2), cache.values.transpose(1, 2)
-        slots_T = metadata.slot_mapping_T
-        q_THK = prepare_and_store(qkv_TE, positions_T, preparation, spec, k_cache_BPNK, v_cache_BPNK, slots_T)
+        q_THK = prepare_and_store(
+            qkv_TE,
+            positions_T,
+            preparation,
+            spec,
+            k_cache_BPNK,
+            v_cache_BPNK,
+            metadata.slot_mapping_T,
+            finite=self._finite,
+        )
         return self.attend(q_THK, cache, metadata, spec)

@@ -8,6 +8,8 @@ from dovetail.plugins.manifest import AttentionManifest, PlatformManifest
 DTYPES = ("bfloat16", "float16", "float32")
 TRITON = ("triton>=3.6",)
 """Not a dependency: builds of torch for CUDA bring the release that fits them."""
+CUDNN = (*TRITON, "nvidia-cudnn-frontend>=1.24")
+"""An extra; cuDNN itself comes with torch."""
 OPS = frozenset(
     {
         "rms_norm",
@@ -53,7 +55,7 @@ def dovetail_register_platforms(register: Register[PlatformManifest]) -> None:
             requires=TRITON,
             device_type="cuda",
             dtypes=DTYPES,
-            attention=("triton",),
+            attention=("triton", "cudnn"),  # the faster first, as the README's table has them
             ops=OPS,
             asynchronous=True,
         ),
@@ -63,7 +65,7 @@ def dovetail_register_platforms(register: Register[PlatformManifest]) -> None:
 
 @hookimpl
 def dovetail_register_attention_backends(register: Register[AttentionManifest]) -> None:
-    """Attention in Triton."""
+    """Attention in Triton, and through NVIDIA's library."""
     register(
         AttentionManifest(
             name="triton",
@@ -77,4 +79,19 @@ def dovetail_register_attention_backends(register: Register[AttentionManifest]) 
             verify=True,
         ),
         "dovetail_cuda.attention:TritonAttention",
+    )
+    register(
+        AttentionManifest(
+            name="cudnn",
+            summary="Paged attention through NVIDIA's library, cuDNN; needs its Python package.",
+            requires=CUDNN,
+            extra="cudnn",
+            device_types=("cuda",),
+            dtypes=("bfloat16", "float16"),
+            head_sizes=(32, 64, 80, 96, 112, 128, 192, 256),
+            block_sizes=(1, 2, 4, 8, 16, 32, 64, 128),
+            sliding_window=True,
+            verify=True,
+        ),
+        "dovetail_cuda.cudnn_attention:CudnnAttention",
     )

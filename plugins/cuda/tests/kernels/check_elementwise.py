@@ -72,3 +72,15 @@ def test_write_kv(dtype):
         write_kv(k, v, *(x.permute(order) for x in caches), slots)
         reference.write_kv(k, v, *(x.permute(order) for x in wanted), slots)
         assert torch.equal(caches, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_write_kv_finite(dtype):
+    largest = torch.finfo(dtype).max
+    given = torch.tensor([torch.inf, -torch.inf, torch.nan, largest, 1.5], dtype=dtype, device=DEVICE).view(1, 1, 5)
+    stored, kept = (torch.zeros((2, 2, 4, 1, 5), dtype=dtype, device=DEVICE) for _ in range(2))
+    slots = torch.tensor([6], device=DEVICE)
+    write_kv(given, given, *stored, slots, finite=True)
+    write_kv(given, given, *kept, slots)
+    assert stored[:, 1, 2, 0].tolist() == [[largest, -largest, 0.0, largest, 1.5]] * 2
+    assert str(kept[:, 1, 2, 0].tolist()) == str([given.flatten().tolist()] * 2), "as it is, NaN included"

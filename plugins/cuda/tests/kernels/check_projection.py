@@ -94,6 +94,20 @@ def test_rounds_where_the_operations_do(norms):
                 assert bool(out.float().isfinite().all())
 
 
+def test_finite():
+    for dtype in DTYPES:
+        given, qkv = preparation(PLAIN, weights=dtype), projection(PLAIN, dtype)
+        qkv[2], qkv[3, -1], qkv[6, -2] = torch.nan, torch.inf, -torch.inf
+        stores = caches(PLAIN, dtype)
+        prepare_and_store(qkv, POSITIONS, given, PLAIN, *stores, SLOTS, finite=True)
+        assert all(bool(x.isfinite().all()) for x in stores)
+        slots, largest = SLOTS[[2, 3, 6]], torch.finfo(dtype).max
+        assert stores[1][slots // PAGE, slots % PAGE, -1, -2:].tolist()[1:] == [
+            [float(qkv[3, -2]), largest],
+            [-largest, float(qkv[6, -1])],
+        ]
+
+
 def test_nothing():
     spec, given = PLAIN, preparation(PLAIN)
     q = prepare_and_store(

@@ -9,9 +9,18 @@ from torch import Tensor
 
 
 def write_kv(
-    k_TNK: Tensor, v_TNK: Tensor, k_cache_BPNK: Tensor, v_cache_BPNK: Tensor, slot_mapping_T: Tensor
+    k_TNK: Tensor,
+    v_TNK: Tensor,
+    k_cache_BPNK: Tensor,
+    v_cache_BPNK: Tensor,
+    slot_mapping_T: Tensor,
+    finite: bool = False,
 ) -> None:
-    """See :func:`dovetail.ops.reference.write_kv`. What exceeds the cache's dtype becomes its largest number."""
+    """See :func:`dovetail.ops.reference.write_kv`. What exceeds the cache's dtype becomes its largest number.
+
+    Args:
+        finite: infinities do as well, and NaN becomes zero, where the cache has the same dtype.
+    """
     tokens, heads, size = k_TNK.shape
     if not tokens:
         return
@@ -31,7 +40,7 @@ def write_kv(
         NUM_HEADS=heads,
         HEAD_SIZE=size,
         LIMIT=largest,
-        SATURATE=largest < torch.finfo(k_TNK.dtype).max,
+        SATURATE=finite or largest < torch.finfo(k_TNK.dtype).max,
         HEADS=triton.next_power_of_2(heads),
         BLOCK=triton.next_power_of_2(size),
     )
@@ -75,11 +84,17 @@ def _write_kernel(
     k = tl.load(k_ptr + token * k_stride_t + heads * k_stride_n + dims * k_stride_k, mask=mask, other=0.0)
     v = tl.load(v_ptr + token * v_stride_t + heads * v_stride_n + dims * v_stride_k, mask=mask, other=0.0)
     if SATURATE:
-        k = tl.clamp(k.to(tl.float32), -LIMIT, LIMIT)
-        v = tl.clamp(v.to(tl.float32), -LIMIT, LIMIT)
+        k, v = saturated(k, LIMIT), saturated(v, LIMIT)
     k_place = k_cache_ptr + block * k_cache_stride_b + offset * k_cache_stride_p
     v_place = v_cache_ptr + block * v_cache_stride_b + offset * v_cache_stride_p
     k_place += heads * k_cache_stride_n + dims * k_cache_stride_k
     v_place += heads * v_cache_stride_n + dims * v_cache_stride_k
     tl.store(k_place, k.to(k_cache_ptr.dtype.element_ty), mask=mask)
     tl.store(v_place, v.to(v_cache_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def saturated(x: tl.tensor, LIMIT: tl.constexpr) -> tl.tensor:
+    """In float32, finite."""
+    x = x.to(tl.float32)
+    return tl.clamp(tl.where(x == x, x, 0.0), -LIMIT, LIMIT)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dovetail.contracts.attention import AttentionSpec, Preparation
+from dovetail_cuda.kernels.cache import saturated
 from dovetail_cuda.kernels.overlap import overlapped, release, wait
 
 
@@ -41,11 +42,11 @@ def prepare_and_store(
     v_cache_BPNK: Tensor,
     slot_mapping_T: Tensor,
     tiling: HeadTiling | None = None,
+    finite: bool = False,
 ) -> Tensor:
     """Store keys and values; returns the queries ``[T, H, K]``, a view of the projection.
 
-    See :meth:`dovetail.contracts.attention.Preparation.heads` and :func:`dovetail.ops.reference.write_kv`. What exceeds
-    the cache's dtype becomes its largest number.
+    See :meth:`dovetail.contracts.attention.Preparation.heads` and :func:`dovetail_cuda.kernels.cache.write_kv`.
     """
     if qkv_TE.stride(1) != 1:
         qkv_TE = qkv_TE.contiguous()
@@ -56,7 +57,9 @@ def prepare_and_store(
     tiling = tiling or (FEW if tokens <= FEW_TOKENS else MANY)
     q_weight_K, k_weight_K = preparation.norm_weights_K or (table_PK, table_PK)
     half, is_normed = table_PK.shape[1] // 2, preparation.norm_weights_K is not None
-    parts, constants = _cut(spec, half, is_normed, tiling, k_cache_BPNK.shape[1], qkv_TE.dtype, k_cache_BPNK.dtype)
+    parts, constants = _cut(
+        spec, half, is_normed, tiling, k_cache_BPNK.shape[1], qkv_TE.dtype, k_cache_BPNK.dtype, finite
+    )
     _prepare_kernel[(tokens * parts,)](
         qkv_TE,
         positions_T,
@@ -88,6 +91,7 @@ def _cut(
     page: int,
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
+    finite: bool,
 ) -> tuple[int, dict[str, Any]]:
     """Programs per token, and what is fixed for a kind of layer: the host finds it once, not at every launch."""
     heads, kv_heads, size = spec.num_heads, spec.num_kv_heads, spec.head_size
@@ -104,7 +108,7 @@ def _cut(
         "NORM": is_normed,
         "PAGE": page,
         "LIMIT": largest,
-        "SATURATE": largest < torch.finfo(dtype).max,
+        "SATURATE": finite or largest < torch.finfo(dtype).max,
         "HEADS": per_program,
         "BLOCK": triton.next_power_of_2(size),
         "PAIRS": triton.next_power_of_2(half),
@@ -219,5 +223,5 @@ def _normed(x: tl.tensor, scale: tl.tensor, weights: tl.tensor, mask: tl.tensor,
 @triton.jit
 def _stored(x: tl.tensor, cache_ptr: tl.tensor, LIMIT: tl.constexpr, SATURATE: tl.constexpr) -> tl.tensor:
     if SATURATE:
-        x = tl.clamp(x.to(tl.float32), -LIMIT, LIMIT)
+        x = saturated(x, LIMIT)
     return x.to(cache_ptr.dtype.element_ty)
