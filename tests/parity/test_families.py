@@ -1,4 +1,6 @@
-"""One random tiny checkpoint per family, through the whole engine: greedy tokens equal transformers'."""
+"""One random tiny checkpoint per family, through the whole engine: greedy tokens equal transformers', and in 8 bits
+they are the same whether or not the input of a layer is quantized as it is computed.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ import pytest
 import torch
 import transformers
 
+from dovetail.layers.linear import Linear
 from dovetail.testing.engines import engine_request, run_until_idle
+from dovetail_quant.w8a8 import W8A8
 
 TINY = {
     "vocab_size": 128,
@@ -79,3 +83,26 @@ def test_greedy_equals_transformers(make_engine, tmp_path: Path, family: str, pl
                 tokens = theirs.generate(ids, attention_mask=mask, max_new_tokens=COUNT, do_sample=False)
             assert completions[str(i)].token_ids == tokens[0, len(prompt) :].tolist(), f"prompt {i}"
     assert engine.stats().prefix_hits > 0
+
+
+@pytest.mark.parametrize("method", ["int8-w8a8", "fp8-w8a8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_quantized_at_once(make_engine, tmp_path: Path, monkeypatch, family: str, method: str) -> None:
+    random_checkpoint(family, tmp_path)
+    prompts = [random.Random(n).choices(range(128), k=n) for n in (1, 9, 30)]
+    forms, forward_rows = [], Linear.forward_rows
+    monkeypatch.setattr(Linear, "forward_rows", lambda self, x: (forms.append(type(x)), forward_rows(self, x))[1])
+
+    def outputs():
+        engine = make_engine(tmp_path, quantization=method, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=24)
+        for i, prompt in enumerate(prompts):
+            engine.add(engine_request(prompt, request_id=str(i), max_tokens=8, prompt_logprobs=0))
+        completions = run_until_idle(engine)
+        return [(completions[str(i)].token_ids, completions[str(i)].prompt_logprobs) for i in range(len(prompts))]
+
+    at_once = outputs()
+    assert tuple in forms
+    forms.clear()
+    monkeypatch.setattr(W8A8, "row_product", lambda self: None)
+    assert outputs() == at_once
+    assert tuple not in forms

@@ -143,6 +143,35 @@ def quantize_hiding_nan(x: Tensor, dtype: torch.dtype, group: int | None = None)
     return reference.quantize_rows(x.nan_to_num(), dtype, group)
 
 
+def norm_quantized_without_its_weight(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, group: int | None = None
+) -> tuple[Tensor, ...]:
+    return reference.add_rms_norm_quantize(x, residual, torch.ones_like(weight), eps, dtype, group)
+
+
+def norm_quantized_per_tensor(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, group: int | None = None
+) -> tuple[Tensor, ...]:
+    normed, total = reference.add_rms_norm(x, residual, weight, eps)
+    return *quantize_per_tensor(normed, dtype, group), total
+
+
+def norm_quantized_of_the_residual(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, group: int | None = None
+) -> tuple[Tensor, ...]:
+    values, scales, _ = reference.add_rms_norm_quantize(x, residual, weight, eps, dtype, group)
+    return values, scales, residual
+
+
+def gate_quantized_in_rows(x: Tensor, dtype: torch.dtype, group: int | None = None) -> tuple[Tensor, Tensor]:
+    values, scales = reference.silu_and_mul_quantize(x, dtype)
+    return values, scales.expand(-1, -(-values.shape[1] // (group or values.shape[1])))
+
+
+def gate_quantized_alone(x: Tensor, dtype: torch.dtype, group: int | None = None) -> tuple[Tensor, Tensor]:
+    return reference.quantize_rows(F.silu(x.chunk(2, -1)[0]), dtype, group)
+
+
 def weight_only_with_first_scales(x: Tensor, packed: Any, bias: Tensor | None = None) -> Tensor:
     first = packed.scale_OG[:, :1].expand_as(packed.scale_OG)
     return reference.weight_only_mm(x, packed._replace(scale_OG=first), bias)
@@ -337,6 +366,11 @@ MUTANTS: Mapping[Callable[..., Any], tuple[str, str]] = {
     quantize_per_tensor: ("quantize_rows", "ops.10"),
     quantize_zeros_to_nan: ("quantize_rows", "ops.11"),
     quantize_hiding_nan: ("quantize_rows", "ops.11"),
+    norm_quantized_without_its_weight: ("add_rms_norm_quantize", "ops.30"),
+    norm_quantized_per_tensor: ("add_rms_norm_quantize", "ops.30"),
+    norm_quantized_of_the_residual: ("add_rms_norm_quantize", "ops.30"),
+    gate_quantized_in_rows: ("silu_and_mul_quantize", "ops.31"),
+    gate_quantized_alone: ("silu_and_mul_quantize", "ops.31"),
     weight_only_with_first_scales: ("weight_only_mm", "ops.12"),
     weight_only_scaling_the_bias: ("weight_only_mm", "ops.12"),
     scaled_in_sixteen_bits: ("scaled_mm", "ops.13"),

@@ -215,6 +215,26 @@ def test_quantize_rows(dtype, code, inputs, group):
             assert values[t, first : first + len(part)].tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("group", [None, 4])
+def test_what_quantizes_its_result(dtype, code, group):
+    """The naive norm and activation, rounded to the dtype, within a step of the 8 bits."""
+    x, residual = rand(3, 22, dtype=dtype), rand(3, 22, dtype=dtype, seed=1)
+    weight = rand(22, dtype=dtype, seed=2)
+    values, scales, total = reference.add_rms_norm_quantize(x, residual, weight, 1e-5, code, group)
+    assert torch.equal(total, x + residual)
+    normed = [naive_rms_norm(row, weight.tolist(), 1e-5) for row in total.tolist()]
+    gated = [[g / (1 + math.exp(-g)) * u for g, u in zip(row[:11], row[11:], strict=True)] for row in x.tolist()]
+    for (codes, scale), rows in (((values, scales), normed), (reference.silu_and_mul_quantize(x, code, group), gated)):
+        expected = torch.tensor(rows, dtype=torch.float64)
+        assert codes.shape == expected.shape
+        wide = codes.double() * scale.double().repeat_interleave(group or expected.shape[1], 1)[:, : expected.shape[1]]
+        step = 1 / 254 if code == torch.int8 else 1 / 16
+        error = (wide - expected).abs() / expected.abs().amax(1, keepdim=True)
+        assert error.max() <= step + TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("code", CODES)
 def test_quantize_rows_of_zeros_and_of_what_is_not_finite(code):
     x = torch.zeros(3, 8)
@@ -429,6 +449,25 @@ def test_op_table_composes_of_its_own_operations():
     assert torch.equal(table.linear_silu_and_mul(x, weight), expected)
     assert torch.equal(replace(OpTable(), linear=doubled).linear_silu_and_mul(x, weight), expected)
     assert OpTable(linear_silu_and_mul=max).linear_silu_and_mul is max
+
+
+def test_op_table_quantizes_what_its_own_operations_computed():
+    x, weight = rand(3, 8), rand(8, seed=1)
+    table = OpTable.resolve(
+        {
+            "add_rms_norm": lambda x_TD, residual_TD, weight_D, eps: (x_TD, residual_TD),
+            "silu_and_mul": lambda x_T2F: x_T2F[:, :4],
+            "quantize_rows": lambda x_TI, dtype, group_size=None: (x_TI.to(dtype), group_size),
+        },
+        "a platform",
+    )
+    values, group, total = table.add_rms_norm_quantize(3 * x, x, weight, 1e-5, torch.int8, 4)
+    assert torch.equal(values, (3 * x).to(torch.int8))
+    assert group == 4
+    assert total is x
+    values, group = table.silu_and_mul_quantize(5 * x, torch.int8)
+    assert torch.equal(values, (5 * x[:, :4]).to(torch.int8))
+    assert group is None
 
 
 def test_op_table_takes_overrides_and_refuses_unknown_names():

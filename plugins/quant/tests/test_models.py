@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dovetail.layers.linear import Linear
+from dovetail_quant.fp8 import Fp8
+
 ON_LOAD = ["int8", "fp8", "int8-w8a8", "fp8-w8a8"]
 FP8 = torch.float8_e4m3fn
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [64, 64]}
@@ -87,3 +90,27 @@ def test_tokens_are_the_same_in_any_batch(checkpoints, generate, kind, method):
     alone = generate(path, PROMPTS[3:], asked, dtype="bfloat16", prompt_logprobs=0, max_num_batched_tokens=64)
     assert together[3].token_ids == alone[0].token_ids
     assert together[3].prompt_logprobs == alone[0].prompt_logprobs
+
+
+def per_tensor(_: str, weight_OI: Tensor) -> dict[str, Tensor]:
+    """One scale."""
+    scale = weight_OI.abs().max() / 448
+    return {"weight": (weight_OI / scale).to(FP8), "weight_scale": scale}
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("store", [in_blocks, per_tensor])
+def test_rows_of_published_formats_quantized_as_they_are_computed(checkpoints, generate, monkeypatch, kind, store):
+    """The same bits as if they were quantized when they are read."""
+    section = BLOCKS if store is in_blocks else {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    path = checkpoints.write(kind, store, quantization_config=section)
+    forms, forward_rows = [], Linear.forward_rows
+    monkeypatch.setattr(Linear, "forward_rows", lambda self, x: (forms.append(type(x)), forward_rows(self, x))[1])
+    at_once = generate(path, PROMPTS, dtype="bfloat16", prompt_logprobs=0)
+    assert tuple in forms
+    forms.clear()
+    monkeypatch.setattr(Fp8, "row_product", lambda self: None)
+    later = generate(path, PROMPTS, dtype="bfloat16", prompt_logprobs=0)
+    assert tuple not in forms
+    for got, expected in zip(at_once, later, strict=True):
+        assert (got.token_ids, got.prompt_logprobs) == (expected.token_ids, expected.prompt_logprobs)

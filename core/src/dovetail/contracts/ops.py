@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dovetail.errors import PluginLoadError
@@ -32,8 +34,10 @@ class OpTable:
 
     rms_norm: Callable[..., Tensor] = reference.rms_norm
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = reference.add_rms_norm
+    add_rms_norm_quantize: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.add_rms_norm_quantize
     rotary: Callable[..., tuple[Tensor, Tensor]] = reference.rotary
     silu_and_mul: Callable[..., Tensor] = reference.silu_and_mul
+    silu_and_mul_quantize: Callable[..., tuple[Tensor, Tensor]] = reference.silu_and_mul_quantize
     gelu_tanh_and_mul: Callable[..., Tensor] = reference.gelu_tanh_and_mul
     embedding: Callable[..., Tensor] = reference.embedding
     linear_pack: Callable[..., PackedWeight] = reference.linear_pack
@@ -62,13 +66,35 @@ class OpTable:
 
     def __post_init__(self) -> None:
         """Compose what is a sequence of others of those of this table, unless it is overridden itself."""
-        given = self.linear_silu_and_mul
-        is_of_another_table = getattr(given, "__func__", None) is OpTable._linear_then_silu_and_mul
-        if given is reference.linear_silu_and_mul or is_of_another_table:
-            object.__setattr__(self, "linear_silu_and_mul", self._linear_then_silu_and_mul)
+        for name, sequence in (
+            ("linear_silu_and_mul", OpTable._linear_then_silu_and_mul),
+            ("add_rms_norm_quantize", OpTable._add_rms_norm_then_quantize),
+            ("silu_and_mul_quantize", OpTable._silu_and_mul_then_quantize),
+        ):
+            given = getattr(self, name)
+            is_of_another_table = getattr(given, "__func__", None) is sequence
+            if given is getattr(reference, name) or is_of_another_table:
+                object.__setattr__(self, name, MethodType(sequence, self))
 
     def _linear_then_silu_and_mul(self, x_TI: Tensor, packed: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
         return self.silu_and_mul(self.linear(x_TI, packed, bias_O))
+
+    def _add_rms_norm_then_quantize(
+        self,
+        x_TD: Tensor,
+        residual_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        group_size: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        normed_TD, residual_TD = self.add_rms_norm(x_TD, residual_TD, weight_D, eps)
+        return *self.quantize_rows(normed_TD, dtype, group_size), residual_TD
+
+    def _silu_and_mul_then_quantize(
+        self, x_T2F: Tensor, dtype: torch.dtype, group_size: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.quantize_rows(self.silu_and_mul(x_T2F), dtype, group_size)
 
     @classmethod
     def names(cls) -> frozenset[str]:

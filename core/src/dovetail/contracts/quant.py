@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,29 @@ from dovetail.contracts.ops import OpTable
 
 PackedLinear = Any
 """One layer's weights in final form, or those of all experts; only the method that prepared it reads it."""
+
+QuantizedRows = tuple[Tensor, Tensor]
+"""Activations in 8 bits, and their scales, as ``quantize_rows`` returns them."""
+
+
+class RowFormat(NamedTuple):
+    """What ``quantize_rows`` makes of activations: its arguments of the same names."""
+
+    dtype: torch.dtype
+    group_size: int | None = None
+
+
+class RowProduct(NamedTuple):
+    """A product with activations that are quantized already.
+
+    Attributes:
+        format: of the activations.
+        apply: called as ``apply(values_TI, scale_TG, packed, bias_O, out_dtype, ops)``; returns what
+            ``QuantMethod.apply`` makes of the activations that were quantized.
+    """
+
+    format: RowFormat
+    apply: Callable[..., Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +124,14 @@ class QuantMethod(ABC):
         Phase: step. Order: 1. Times: per linear layer. May raise: nothing.
         """
         ...
+
+    def row_product(self) -> RowProduct | None:
+        """The product with activations that are quantized already, or None if layers take wide ones alone.
+
+        A method whose ``apply`` begins with ``quantize_rows`` gives the rest of it here. A norm or activation before
+        the layer may then quantize what it has just computed, which saves writing and reading it wide.
+        """
+        return None
 
     def prepare_experts(
         self, experts: Iterable[Mapping[str, Tensor]], ops: OpTable, dtype: torch.dtype

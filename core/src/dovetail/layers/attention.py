@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dovetail.contracts.attention import AttentionSpec, Preparation
 from dovetail.contracts.model import ModelContext, StepAttention
+from dovetail.contracts.quant import QuantizedRows, RowFormat
 from dovetail.layers.linear import Linear, MergedLinear
 from dovetail.layers.norm import RMSNorm
 
@@ -64,10 +65,15 @@ class SelfAttention(nn.Module):
         self._qk_norm_eps = qk_norm_eps
         self._ops = context.ops
         self._preparation: Preparation | None = None
-        self._qkv = self.qkv_proj.forward
+        self._qkv = self.qkv_proj.forward_rows
         self._output = self.o_proj.forward
 
-    def forward(self, x_TD: Tensor, positions_T: Tensor, attend: StepAttention) -> Tensor:
+    @property
+    def reads(self) -> RowFormat | None:
+        """The format in which it takes its input, if not wide."""
+        return self.qkv_proj.reads
+
+    def forward(self, x_TD: Tensor | QuantizedRows, positions_T: Tensor, attend: StepAttention) -> Tensor:
         """``[T, D]`` to ``[T, D]``, or to ``[S, D]`` where only ``attend.rows_S`` matter."""
         preparation = self._preparation or self._prepare()
         qkv_TE = self._qkv(x_TD)

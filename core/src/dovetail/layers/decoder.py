@@ -35,15 +35,17 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(context, hidden_size, norm_eps)
         self.post_attention_layernorm = RMSNorm(context, hidden_size, norm_eps)
         self._attention, self._mlp = attention.forward, mlp.forward
-        self._attention_norm, self._mlp_norm = self.input_layernorm.add, self.post_attention_layernorm.add
+        self._attention_norm = self.input_layernorm.add_for(attention)
+        self._mlp_norm = self.post_attention_layernorm.add_for(mlp)
 
     def forward(
         self, x_TD: Tensor, residual_TD: Tensor | None, positions_T: Tensor, attend: StepAttention
     ) -> tuple[Tensor, Tensor]:
         """Take the output of the layer before and the stream without it; return the same for the layer after."""
-        x_TD, residual_TD = self._attention_norm(x_TD, residual_TD)
-        x_TD, residual_TD = self._mlp_norm(self._attention(x_TD, positions_T, attend), wanted(residual_TD, attend))
-        return self._mlp(x_TD), residual_TD
+        normed_TD, residual_TD = self._attention_norm(x_TD, residual_TD)
+        attended_TD = self._attention(normed_TD, positions_T, attend)
+        normed_TD, residual_TD = self._mlp_norm(attended_TD, wanted(residual_TD, attend))
+        return self._mlp(normed_TD), residual_TD
 
 
 class SandwichLayer(nn.Module):
@@ -76,17 +78,19 @@ class SandwichLayer(nn.Module):
         self.pre_feedforward_layernorm = RMSNorm(context, hidden_size, norm_eps, offset=norm_offset)
         self.post_feedforward_layernorm = RMSNorm(context, hidden_size, norm_eps, offset=norm_offset)
         self._attention, self._mlp = attention.forward, mlp.forward
-        self._before_attention, self._after_attention = self.input_layernorm.add, self.post_attention_layernorm.forward
-        self._before_mlp, self._after_mlp = self.pre_feedforward_layernorm.add, self.post_feedforward_layernorm.forward
+        self._before_attention = self.input_layernorm.add_for(attention)
+        self._after_attention = self.post_attention_layernorm.forward
+        self._before_mlp = self.pre_feedforward_layernorm.add_for(mlp)
+        self._after_mlp = self.post_feedforward_layernorm.forward
 
     def forward(
         self, x_TD: Tensor, residual_TD: Tensor | None, positions_T: Tensor, attend: StepAttention
     ) -> tuple[Tensor, Tensor]:
         """Take the output of the layer before and the stream without it; return the same for the layer after."""
-        x_TD, residual_TD = self._before_attention(x_TD, residual_TD)
-        x_TD = self._after_attention(self._attention(x_TD, positions_T, attend))
-        x_TD, residual_TD = self._before_mlp(x_TD, wanted(residual_TD, attend))
-        return self._after_mlp(self._mlp(x_TD)), residual_TD
+        normed_TD, residual_TD = self._before_attention(x_TD, residual_TD)
+        x_TD = self._after_attention(self._attention(normed_TD, positions_T, attend))
+        normed_TD, residual_TD = self._before_mlp(x_TD, wanted(residual_TD, attend))
+        return self._after_mlp(self._mlp(normed_TD)), residual_TD
 
 
 class Decoder(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dovetail.contracts.model import ModelContext
 from dovetail.contracts.ops import OpTable
-from dovetail.contracts.quant import PackedLinear, QuantMethod, TensorSpec
+from dovetail.contracts.quant import PackedLinear, QuantizedRows, QuantMethod, RowFormat, TensorSpec
 from dovetail.layers.block import Block
 
 
@@ -51,6 +51,9 @@ class Linear(Block):
         in_features, out_features: sizes.
         bias: whether the checkpoint has a bias.
         quant: the number format, if not the context's.
+
+    Attributes:
+        reads: in which format it takes rows that are quantized already; None takes wide ones alone.
     """
 
     def __init__(
@@ -72,6 +75,9 @@ class Linear(Block):
         super().__init__(context.device, specs, outputs)
         self._quant = self_quant
         self._apply_quant = self_quant.apply
+        product = self_quant.row_product()
+        self.reads: RowFormat | None = None if product is None else product.format
+        self._apply_quantized = None if product is None else product.apply
         self._ops = context.ops
         self._dtype = context.dtype
         self._bias_O: Tensor | None = None
@@ -88,11 +94,25 @@ class Linear(Block):
         """``[T, I]`` to ``[T, O]``."""
         return self._apply_quant(x_TI, self._packed, self._bias_O, self._ops)
 
-    def silu_and_mul(self, x_TI: Tensor) -> Tensor:
+    def forward_rows(self, x_TI: Tensor | QuantizedRows) -> Tensor:
+        """:meth:`forward`, of rows that are wide, or quantized as the layer ``reads`` them."""
+        if isinstance(x_TI, Tensor):
+            return self.forward(x_TI)
+        assert self._apply_quantized is not None, "the layer takes wide rows alone"
+        return self._apply_quantized(*x_TI, self._packed, self._bias_O, self._dtype, self._ops)
+
+    def silu_and_mul(self, x_TI: Tensor | QuantizedRows) -> Tensor:
         """``ops.silu_and_mul`` of the outputs, ``[T, O / 2]``; of a plain weight in one operation."""
         if self._is_plain:
             return self._ops.linear_silu_and_mul(x_TI, self._packed, self._bias_O)
-        return self._ops.silu_and_mul(self.forward(x_TI))
+        return self._ops.silu_and_mul(self.forward_rows(x_TI))
+
+    def silu_and_mul_for(self, reader: Linear) -> Callable[[Tensor | QuantizedRows], Tensor | QuantizedRows]:
+        """:meth:`silu_and_mul`, quantized if the layer that reads it takes it so."""
+        form, forward, quantized = reader.reads, self.forward_rows, self._ops.silu_and_mul_quantize
+        if form is None or self._is_plain:
+            return self.silu_and_mul
+        return lambda x_TI: quantized(forward(x_TI), *form)
 
 
 class MergedLinear(Linear):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from dovetail.contracts.model import ModelContext
+from dovetail.contracts.quant import QuantizedRows, RowFormat
 from dovetail.layers.experts import Experts
 from dovetail.layers.linear import Linear, MergedLinear
 from dovetail.layers.router import Router
@@ -33,18 +34,25 @@ class GatedMLP(nn.Module):
         gate_up = {"gate": inner_size, "up": inner_size}
         self.gate_up_proj = MergedLinear(context, f"{name}.gate_up_proj", hidden_size, gate_up, bias=bias)
         self.down_proj = Linear(context, f"{name}.down_proj", inner_size, hidden_size, bias=bias)
-        self._gated = _gated(self.gate_up_proj, activation)
-        self._down = self.down_proj.forward
+        self._gated = _gated(self.gate_up_proj, activation, self.down_proj)
+        self._down = self.down_proj.forward_rows
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    @property
+    def reads(self) -> RowFormat | None:
+        """The format in which it takes its input, if not wide."""
+        return self.gate_up_proj.reads
+
+    def forward(self, x_TD: Tensor | QuantizedRows) -> Tensor:
         """``[T, D]`` to ``[T, D]``."""
         return self._down(self._gated(x_TD))
 
 
-def _gated(gate_up: Linear, activation: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+def _gated(
+    gate_up: Linear, activation: Callable[[Tensor], Tensor] | None, down: Linear
+) -> Callable[[Tensor | QuantizedRows], Tensor | QuantizedRows]:
     if activation is None:
-        return gate_up.silu_and_mul
-    forward = gate_up.forward
+        return gate_up.silu_and_mul_for(down)
+    forward = gate_up.forward_rows
     return lambda x_TD: activation(forward(x_TD))
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dovetail.contracts.model import ModelContext
-from dovetail.contracts.quant import TensorSpec
+from dovetail.contracts.quant import QuantizedRows, RowFormat, TensorSpec
 from dovetail.layers.block import Block
+
+AddNorm = Callable[[Tensor, Tensor | None], tuple[Tensor | QuantizedRows, Tensor]]
+"""Called as :meth:`RMSNorm.add`; the norm may be quantized."""
 
 
 class RMSNorm(Block):
@@ -25,6 +30,7 @@ class RMSNorm(Block):
         super().__init__(context.device, {"weight": TensorSpec(shape=(size,), dtype=dtype)})
         self._eps = eps
         self._offset = offset
+        self._ops = context.ops
         self._rms_norm = context.ops.rms_norm
         self._add_rms_norm = context.ops.add_rms_norm
         self._weight_D: Tensor | None = None
@@ -51,3 +57,22 @@ class RMSNorm(Block):
         if residual_TD is None:
             return self._rms_norm(x_TD, self._weight_D, self._eps), x_TD
         return self._add_rms_norm(x_TD, residual_TD, self._weight_D, self._eps)
+
+    def add_for(self, reader: nn.Module) -> AddNorm:
+        """:meth:`add`, with the norm quantized if the module that alone reads it takes it so."""
+        form = _reads(reader)
+        return self.add if form is None else partial(self._add_quantized, form)
+
+    def _add_quantized(self, form: RowFormat, x_TD: Tensor, residual_TD: Tensor | None) -> tuple[QuantizedRows, Tensor]:
+        if residual_TD is None:
+            return self._ops.quantize_rows(self.forward(x_TD), *form), x_TD
+        values_TD, scale_TG, total_TD = self._ops.add_rms_norm_quantize(
+            x_TD, residual_TD, self._weight_D, self._eps, *form
+        )
+        return (values_TD, scale_TG), total_TD
+
+
+def _reads(module: nn.Module) -> RowFormat | None:
+    """``module.reads``, if the class that has its ``forward`` has that too; another's ``forward`` expects a tensor."""
+    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    return cast("RowFormat | None", module.reads) if "reads" in vars(owner) else None

@@ -45,6 +45,20 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
     return rms_norm(residual_TD, weight_D, eps), residual_TD
 
 
+def add_rms_norm_quantize(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, group_size: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`add_rms_norm`, whose first result, as it was rounded, goes through :func:`quantize_rows`.
+
+    A table in which either is overridden, and this is not, runs the two of the table.
+
+    Returns:
+        The norm's values ``[T, D]`` in ``dtype``, their scales, and ``x + residual``.
+    """
+    normed_TD, residual_TD = add_rms_norm(x_TD, residual_TD, weight_D, eps)
+    return *quantize_rows(normed_TD, dtype, group_size), residual_TD
+
+
 def rotary(q_THK: Tensor, k_TNK: Tensor, positions_T: Tensor, cos_sin_PK: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by their positions (Su et al. 2021, arXiv:2104.09864).
 
@@ -92,6 +106,16 @@ def gelu_tanh_and_mul(x_T2F: Tensor) -> Tensor:
     """
     gate, up = _wide(x_T2F).chunk(2, dim=-1)
     return (F.gelu(gate, approximate="tanh") * up).to(x_T2F.dtype)
+
+
+def silu_and_mul_quantize(
+    x_T2F: Tensor, dtype: torch.dtype, group_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`silu_and_mul` of ``[T, 2 F]``, whose result, as it was rounded, goes through :func:`quantize_rows`.
+
+    A table in which either is overridden, and this is not, runs the two of the table.
+    """
+    return quantize_rows(silu_and_mul(x_T2F), dtype, group_size)
 
 
 def embedding(ids_T: Tensor, table_VD: Tensor) -> Tensor:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dovetail_cuda import quantized
-from dovetail_cuda.kernels.activation import gelu_tanh_and_mul, silu_and_mul
+from dovetail_cuda.kernels.activation import gelu_tanh_and_mul, silu_and_mul, silu_and_mul_quantize
 from dovetail_cuda.kernels.attention import paged_attention
 from dovetail_cuda.kernels.cache import write_kv
 from dovetail_cuda.kernels.experts import experts_pack, moe_experts
 from dovetail_cuda.kernels.filtering import filter_logits
 from dovetail_cuda.kernels.linear import linear, linear_silu_and_mul
 from dovetail_cuda.kernels.logprobs import top_logprobs
-from dovetail_cuda.kernels.norm import add_rms_norm, rms_norm
+from dovetail_cuda.kernels.norm import add_rms_norm, add_rms_norm_quantize, rms_norm
 from dovetail_cuda.kernels.penalties import penalize
 from dovetail_cuda.kernels.residual import sample_residual
 from dovetail_cuda.kernels.rotary import rotary
@@ -26,8 +26,10 @@ def table() -> Mapping[str, Callable[..., Any]]:
     return {
         "rms_norm": rms_norm,
         "add_rms_norm": add_rms_norm,
+        "add_rms_norm_quantize": add_rms_norm_quantize,
         "rotary": rotary,
         "silu_and_mul": silu_and_mul,
+        "silu_and_mul_quantize": silu_and_mul_quantize,
         "gelu_tanh_and_mul": gelu_tanh_and_mul,
         "linear": linear,
         "linear_silu_and_mul": linear_silu_and_mul,

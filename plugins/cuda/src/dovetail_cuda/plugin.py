@@ -14,8 +14,10 @@ OPS = frozenset(
     {
         "rms_norm",
         "add_rms_norm",
+        "add_rms_norm_quantize",
         "rotary",
         "silu_and_mul",
+        "silu_and_mul_quantize",
         "gelu_tanh_and_mul",
         "linear",
         "linear_silu_and_mul",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dovetail.contracts.ops import OpTable
-from dovetail.contracts.quant import PackedLinear, TensorSpec
+from dovetail.contracts.quant import PackedLinear, RowFormat, RowProduct, TensorSpec
 from dovetail_quant.experts import Stacked, stack
 
 
@@ -24,6 +24,7 @@ class BlockScaled:
 
     def __init__(self, block: tuple[int, int]) -> None:
         self._outputs, self._inputs = block
+        self._rows = RowFormat(torch.float8_e4m3fn, self._inputs)
 
     def tensors(self, in_features: int, out_features: int, dtype: torch.dtype) -> Mapping[str, TensorSpec]:
         """``weight`` ``[O, I]``, and ``weight_scale_inv`` with a number per block, by which to multiply the weight."""
@@ -39,9 +40,11 @@ class BlockScaled:
 
     def apply(self, x_TI: Tensor, packed: PackedLinear, bias_O: Tensor | None, ops: OpTable) -> Tensor:
         """Quantize each token's blocks, multiply, scale, add the bias."""
-        values_TI, scale_TG = ops.quantize_rows(x_TI, torch.float8_e4m3fn, self._inputs)
-        y_TO = ops.block_scaled_mm(values_TI, packed, scale_TG, x_TI.dtype)
-        return y_TO if bias_O is None else y_TO + bias_O
+        return _product(*ops.quantize_rows(x_TI, *self._rows), packed, bias_O, x_TI.dtype, ops)
+
+    def row_product(self) -> RowProduct:
+        """What ``apply`` does with quantized blocks."""
+        return RowProduct(self._rows, _product)
 
     def stack_experts(self, experts: Iterable[Mapping[str, Tensor]], ops: OpTable) -> Stacked:
         """All together."""
@@ -49,5 +52,13 @@ class BlockScaled:
 
     def apply_stacked(self, x_NI: Tensor, packed: Stacked, starts_E1: Tensor, ops: OpTable) -> Tensor:
         """Quantize each row's blocks, and multiply with its expert's weight."""
-        values_NI, scale_NG = ops.quantize_rows(x_NI, torch.float8_e4m3fn, self._inputs)
+        values_NI, scale_NG = ops.quantize_rows(x_NI, *self._rows)
         return ops.quantized_experts_mm(values_NI, packed.weight, starts_E1, scale_NG, x_NI.dtype)
+
+
+def _product(
+    x_TI: Tensor, x_scale_TG: Tensor, packed: PackedLinear, bias_O: Tensor | None, dtype: torch.dtype, ops: OpTable
+) -> Tensor:
+    """The product of a quantized ``x`` in ``dtype``, and the bias."""
+    y_TO = ops.block_scaled_mm(x_TI, packed, x_scale_TG, dtype)
+    return y_TO if bias_O is None else y_TO + bias_O

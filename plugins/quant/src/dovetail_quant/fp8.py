@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dovetail.contracts.ops import OpTable
-from dovetail.contracts.quant import PackedLinear, QuantMethod, TensorSpec
+from dovetail.contracts.quant import PackedLinear, QuantMethod, RowProduct, TensorSpec
 from dovetail_quant.block_scaled import BlockScaled
 from dovetail_quant.experts import Stacked, together
 from dovetail_quant.fp8_section import Fp8Section
@@ -58,6 +58,10 @@ class Fp8(QuantMethod):
     def apply(self, x_TI: Tensor, packed: PackedLinear, bias_O: Tensor | None, ops: OpTable) -> Tensor:
         """In the format's way."""
         return self._format.apply(x_TI, packed, bias_O, ops)
+
+    def row_product(self) -> RowProduct | None:
+        """The format's."""
+        return self._format.row_product()
 
     def prepare_experts(
         self, experts: Iterable[Mapping[str, Tensor]], ops: OpTable, dtype: torch.dtype

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dovetail.contracts.ops import OpTable
-from dovetail.contracts.quant import PackedLinear, TensorSpec
+from dovetail.contracts.quant import PackedLinear, RowFormat, RowProduct, TensorSpec
 from dovetail_quant.experts import Stacked, stack
 from dovetail_quant.scaled import Scaled, scaled_product
 
@@ -67,6 +67,10 @@ class TensorScaled:
             return scaled_product(*ops.quantize_rows(x_TI, FP8), packed, bias_O, x_TI.dtype, ops)
         outputs = [self._part(x_TI, part, bias_O, ops) for part in packed]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def row_product(self) -> RowProduct | None:
+        """What ``apply`` does with quantized tokens."""
+        return None if self._static else RowProduct(RowFormat(FP8), scaled_product)
 
     def stack_experts(self, experts: Iterable[Mapping[str, Tensor]], ops: OpTable) -> Stacked | None:
         """All together, if activations are quantized per row."""

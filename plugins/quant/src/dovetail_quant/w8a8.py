@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dovetail.contracts.ops import OpTable
-from dovetail.contracts.quant import PackedLinear
+from dovetail.contracts.quant import PackedLinear, RowFormat, RowProduct
 from dovetail_quant.experts import Stacked, stack, together
 from dovetail_quant.on_load import OnLoad
 from dovetail_quant.scaled import Scaled, scaled_product
@@ -25,6 +25,10 @@ class W8A8(OnLoad):
     def apply(self, x_TI: Tensor, packed: PackedLinear, bias_O: Tensor | None, ops: OpTable) -> Tensor:
         """Quantize each token, multiply, scale, add the bias."""
         return scaled_product(*ops.quantize_rows(x_TI, self.dtype), packed, bias_O, x_TI.dtype, ops)
+
+    def row_product(self) -> RowProduct:
+        """What ``apply`` does with quantized tokens."""
+        return RowProduct(RowFormat(self.dtype), scaled_product)
 
     def prepare_experts(
         self, experts: Iterable[Mapping[str, Tensor]], ops: OpTable, dtype: torch.dtype

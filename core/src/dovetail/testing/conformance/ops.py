@@ -24,6 +24,8 @@ ELEMENTWISE = 0.25
 """Factor on the tolerance of operations that round once, at the end."""
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 GROUPS = (None, 32, 24)
+ROWS = ((0, 64), (1, 64), (5, 100), (33, 256))
+"""Rows that are quantized, and their elements."""
 
 
 def covers(*names: str) -> Callable[[F], F]:
@@ -229,22 +231,35 @@ class OpsSuite(Suite):
         number of the dtype, and rounds to nearest.
         """
         ops = self.table(dtype)
-        largest = 127.0 if narrow is torch.int8 else torch.finfo(narrow).max
-        for tokens, inputs in ((0, 64), (1, 64), (5, 100), (33, 256)):
+        for tokens, inputs in ROWS:
             x = randn(tokens, inputs, dtype=dtype) * _magnitudes(tokens, dtype)
-            values, scales = ops.quantize_rows(self.place(x), narrow, group)
-            what = f"{list(x.shape)} in {narrow}, group {group}"
-            self.equal((values.dtype, scales.dtype), (narrow, torch.float32), f"dtypes of values and scales of {what}")
-            size = group or inputs
-            groups = -(-inputs // size)
-            self.equal(tuple(values.shape), (tokens, inputs), f"shape of the values of {what}")
-            self.equal(tuple(scales.shape), (tokens, groups), f"shape of the scales of {what}")
-            scale_TI = scales.cpu().double().repeat_interleave(size, dim=1)[:, :inputs]
-            self._nearest(values.cpu().double() * scale_TI, x.double(), scale_TI, narrow, what)
-            if tokens:
-                peaks = torch.stack([x.double()[:, i : i + size].abs().amax(1) for i in range(0, inputs, size)], dim=1)
-                ratios = scales.cpu().double() / peaks
-                self.near(ratios, torch.full_like(ratios, 1 / largest), f"scales / peaks of {what}", 1e-5)
+            self._quantized(ops.quantize_rows(self.place(x), narrow, group), x.double(), narrow, group)
+
+    @covers("add_rms_norm_quantize")
+    @pytest.mark.parametrize("group", GROUPS, ids="group {}".format)
+    @pytest.mark.parametrize("narrow", QUANTIZED, ids=str)
+    def test_add_rms_norm_quantize(self, dtype: torch.dtype, narrow: torch.dtype, group: int | None) -> None:
+        """ops.30: add_rms_norm_quantize returns the norm of the rounded sum as quantize_rows does, and the sum."""
+        ops = self.table(dtype)
+        for tokens, width in ROWS:
+            x, residual = (randn(tokens, width, dtype=dtype, seed=seed) for seed in (0, 1))
+            weight = randn(width, dtype=dtype, seed=2)
+            *rows, total = ops.add_rms_norm_quantize(*self.place(x, residual, weight), 1e-5, narrow, group)
+            self._exact(total, x + residual, f"the sum of {list(x.shape)}")
+            expected = reference.rms_norm((x + residual).double(), weight.double(), 1e-5)
+            self._quantized(rows, expected, narrow, group, ELEMENTWISE * TOLERANCE[dtype])
+
+    @covers("silu_and_mul_quantize")
+    @pytest.mark.parametrize("group", GROUPS, ids="group {}".format)
+    @pytest.mark.parametrize("narrow", QUANTIZED, ids=str)
+    def test_silu_and_mul_quantize(self, dtype: torch.dtype, narrow: torch.dtype, group: int | None) -> None:
+        """ops.31: silu_and_mul_quantize returns the gated activation as quantize_rows does."""
+        ops = self.table(dtype)
+        for tokens, width in ROWS:
+            x = 3 * randn(tokens, 2 * width, dtype=dtype)
+            rows = ops.silu_and_mul_quantize(self.place(x), narrow, group)
+            expected = reference.silu_and_mul(x.double())
+            self._quantized(rows, expected, narrow, group, ELEMENTWISE * TOLERANCE[dtype])
 
     @covers("quantize_rows")
     @pytest.mark.parametrize("narrow", QUANTIZED, ids=str)
@@ -638,13 +653,36 @@ class OpsSuite(Suite):
                 f"{len(wrong)} of {expected.numel()} values are wrong."
             )
 
-    def _nearest(self, actual: Tensor, x: Tensor, scale: Tensor, narrow: torch.dtype, what: str) -> None:
+    def _quantized(
+        self, rows: Sequence[Tensor], x: Tensor, narrow: torch.dtype, group: int | None, rounding: float = 0.0
+    ) -> None:
+        """Values and scales of ``x``, which may have been rounded before, relative to a row's largest element."""
+        __tracebackhide__ = True
+        (values, scales), (tokens, inputs) = rows, x.shape
+        size, what = group or inputs, f"{list(x.shape)} in {narrow}, group {group}"
+        self.equal((values.dtype, scales.dtype), (narrow, torch.float32), f"dtypes of values and scales of {what}")
+        self.equal(tuple(values.shape), (tokens, inputs), f"shape of the values of {what}")
+        self.equal(tuple(scales.shape), (tokens, -(-inputs // size)), f"shape of the scales of {what}")
+        if not tokens:
+            return
+        slack = rounding * x.abs().amax(1, keepdim=True)
+        scale_TI = scales.cpu().double().repeat_interleave(size, dim=1)[:, :inputs]
+        self._nearest(values.cpu().double() * scale_TI, x, scale_TI, narrow, what, slack)
+        peaks = torch.stack([x[:, i : i + size].abs().amax(1) for i in range(0, inputs, size)], dim=1)
+        largest = 127.0 if narrow is torch.int8 else torch.finfo(narrow).max
+        found = scales.cpu().double() * largest
+        ratios = found.clamp(peaks - slack, peaks + slack) / found
+        self.near(ratios, torch.ones_like(ratios), f"peaks / scales of {what}", 1e-5)
+
+    def _nearest(
+        self, actual: Tensor, x: Tensor, scale: Tensor, narrow: torch.dtype, what: str, slack: Tensor
+    ) -> None:
         """Half a step of the narrow dtype, and a little for the division before."""
         __tracebackhide__ = True
         magnitudes = (x / scale).abs().clamp(min=2.0**-6)
         step = torch.ones_like(x) if narrow is torch.int8 else magnitudes.log2().floor().exp2() / 8
-        error = (actual - x).abs() / (scale * step)
-        if x.numel() and float(error.max()) > 0.51:
+        error = ((actual - x).abs() - slack) / (scale * step)
+        if float(error.max()) > 0.51:
             self.fail(f"{what}: an element is {float(error.max()):.3g} steps off; rounding leaves at most 0.5.")
 
     def _parameters(

@@ -218,6 +218,19 @@ class QuantSuite(Suite):
         again = self._layer(tmp_path / "again", section, [_normal(96, 64)])
         self.check(torch.equal(again(x), expected), "a second layer of the same weights gives another product.")
 
+    def test_rows_quantized_before(self, dtype: torch.dtype, section: Section, tmp_path: Path) -> None:
+        """quant.18: a method that takes quantized rows makes of them what it makes of the wide ones, bias included."""
+        method, bias, x = self._method(section), torch.linspace(-50, 50, 96), _normal(5, 64, seed=1).to(dtype)
+        product, watched = method.row_product(), Watched(method)
+        if product is None:
+            self.lacks("a product with quantized rows")
+            return
+        expected = self._layer(tmp_path, section, [_normal(96, 64)], dtype, bias=bias, method=watched)(x)
+        ops = OpTable()
+        rows = ops.quantize_rows(x, *product.format)
+        got = product.apply(*rows, watched.packed, bias.to(dtype), dtype, ops)
+        self.close(got, expected.double(), "the product with quantized rows", dtype=dtype)
+
     # ---- loading
 
     def test_loaded_tensors_are_only_read(self, section: Section, tmp_path: Path) -> None:

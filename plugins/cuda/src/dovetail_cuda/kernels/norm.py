@@ -1,4 +1,4 @@
-"""Root-mean-square norm, alone or after the residual addition."""
+"""Root-mean-square norm, alone or after the residual addition, wide or in 8 bits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dovetail_cuda.kernels.overlap import overlapped, release, wait
+from dovetail_cuda.kernels.quantize import narrow_rows, narrow_tile, narrowing, quantize_rows, tile_group
 from dovetail_cuda.kernels.rows import as_rows
 
 TILE = 2048
@@ -32,8 +33,29 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
     return out, total
 
 
+def add_rms_norm_quantize(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, group_size: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`dovetail.ops.reference.add_rms_norm_quantize`."""
+    group = tile_group(x_TD.shape[1], dtype, group_size, x_TD.device)
+    if group is None:
+        normed, total = add_rms_norm(x_TD, residual_TD, weight_D, eps)
+        return *quantize_rows(normed, dtype, group_size), total
+    values, scale = narrow_rows(x_TD.shape[0], x_TD.shape[1], dtype, group, x_TD.device)
+    total = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+    _launch(x_TD, residual_TD, weight_D, values, total, eps, scale, group)
+    return values, scale, total
+
+
 def _launch(
-    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, out: Tensor, total: Tensor | None, eps: float
+    x_TD: Tensor,
+    residual_TD: Tensor | None,
+    weight_D: Tensor,
+    out: Tensor,
+    total: Tensor | None,
+    eps: float,
+    scale_TG: Tensor | None = None,
+    group: int = 0,
 ) -> None:
     if not out.numel():
         return
@@ -46,13 +68,17 @@ def _launch(
         weight_D.contiguous(),
         out,
         out if total is None else total,
+        out if scale_TG is None else scale_TG,
         x.count,
         x.inner,
         *x.strides,
         *residual.strides,
         x.width,
+        0 if scale_TG is None else scale_TG.shape[1],
         eps,
         ADD=residual_TD is not None,
+        GROUP=group,
+        **narrowing(out.dtype),
         ROWS=rows,
         BLOCK=block,
         num_warps=warps,
@@ -75,6 +101,7 @@ def _rms_norm_kernel(
     weight_ptr: tl.tensor,
     out_ptr: tl.tensor,
     total_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
     count: tl.tensor,
     inner: tl.tensor,
     x_outer_stride: tl.tensor,
@@ -82,8 +109,12 @@ def _rms_norm_kernel(
     residual_outer_stride: tl.tensor,
     residual_inner_stride: tl.tensor,
     width: tl.tensor,
+    groups: tl.tensor,
     eps: tl.tensor,
     ADD: tl.constexpr,
+    GROUP: tl.constexpr,
+    LARGEST: tl.constexpr,
+    INTEGER: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -104,4 +135,7 @@ def _rms_norm_kernel(
     x = x.to(tl.float32)
     square = tl.sum(x * x, axis=1) / width
     out = x * tl.rsqrt(square + eps)[:, None] * weight
+    if GROUP:
+        out = out.to(x_ptr.dtype.element_ty).to(tl.float32)
+        out = narrow_tile(out, scale_ptr, tl.program_id(0) * ROWS, 0, count, groups, GROUP, LARGEST, INTEGER)
     tl.store(out_ptr + rows * width + columns, out.to(out_ptr.dtype.element_ty), mask=mask)
