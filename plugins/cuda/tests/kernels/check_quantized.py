@@ -192,6 +192,33 @@ def test_quantize_rows(dtype, narrow, tokens, inputs, group):
         assert torch.equal(actual.cpu().float(), expected.float())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("narrow", NARROW, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "width", "group"),
+    [(0, 8, None), (1, 7, None), (2, 1100, None), (5, 100, 24), (5, 100, 32), (3, 3000, 128), (3, 96, 256)],
+)
+def test_quantized_as_it_is_computed(dtype, narrow, tokens, width, group):
+    """What the two operations give one after the other; of a norm, whose sum may be in another order, nearly."""
+    x, residual = randn(tokens, 2 * width + 6, dtype=dtype)[:, 6:], randn(tokens, width, dtype=dtype, seed=1)
+    weight = randn(width, seed=2)
+    normed, total = norm.add_rms_norm(x[:, :width], residual, weight, 1e-5)
+    values, scale, summed = norm.add_rms_norm_quantize(x[:, :width], residual, weight, 1e-5, narrow, group)
+    exact, exact_scale = quantize_rows(normed, narrow, group)
+    assert (values.dtype, values.shape, scale.shape) == (narrow, exact.shape, exact_scale.shape)
+    assert torch.equal(summed, total)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(scale, exact_scale, rtol=4 * eps, atol=0)
+    # an element that was rounded otherwise may be a step of the 8 bits away, but hardly any is
+    step = 1.01 if narrow == torch.int8 else 32.0
+    torch.testing.assert_close(values.float(), exact.float(), rtol=0, atol=step)
+    assert (values.float() != exact.float()).sum() <= 0.02 * values.numel()
+    expected = quantize_rows(activation.silu_and_mul(x), narrow, group)
+    for got, want in zip(activation.silu_and_mul_quantize(x, narrow, group), expected, strict=True):
+        assert got.dtype == want.dtype
+        assert torch.equal(got.float(), want.float())
+
+
 @pytest.mark.parametrize("narrow", NARROW, ids=str)
 def test_quantize_rows_that_are_not_finite(narrow):
     x = randn(4, 96)
@@ -224,33 +251,6 @@ def test_graphs(narrow, tokens):
             quantized.scaled_mm(rows[0], weight, rows[1], scale, x.dtype),
             quantized.block_scaled_mm(row_groups[0], blocks, row_groups[1], x.dtype),
             quantized.w4a16_mm(x, weight[:, :512].contiguous().view(torch.uint8), per_group, None, 128),
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("narrow", NARROW, ids=str)
-@pytest.mark.parametrize(
-    ("tokens", "width", "group"),
-    [(0, 8, None), (1, 7, None), (2, 1100, None), (5, 100, 24), (5, 100, 32), (3, 3000, 128), (3, 96, 256)],
-)
-def test_quantized_as_it_is_computed(dtype, narrow, tokens, width, group):
-    """What the two operations give one after the other; of a norm, whose sum may be in another order, nearly."""
-    x, residual = randn(tokens, 2 * width + 6, dtype=dtype)[:, 6:], randn(tokens, width, dtype=dtype, seed=1)
-    weight = randn(width, seed=2)
-    normed, total = norm.add_rms_norm(x[:, :width], residual, weight, 1e-5)
-    values, scale, summed = norm.add_rms_norm_quantize(x[:, :width], residual, weight, 1e-5, narrow, group)
-    exact, exact_scale = quantize_rows(normed, narrow, group)
-    assert (values.dtype, values.shape, scale.shape) == (narrow, exact.shape, exact_scale.shape)
-    assert torch.equal(summed, total)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(scale, exact_scale, rtol=4 * eps, atol=0)
-    # an element that was rounded otherwise may be a step of the 8 bits away, but hardly any is
-    step = 1.01 if narrow == torch.int8 else 32.0
-    torch.testing.assert_close(values.float(), exact.float(), rtol=0, atol=step)
-    assert (values.float() != exact.float()).sum() <= 0.02 * values.numel()
-    expected = quantize_rows(activation.silu_and_mul(x), narrow, group)
-    for got, want in zip(activation.silu_and_mul_quantize(x, narrow, group), expected, strict=True):
-        assert got.dtype == want.dtype
-        assert torch.equal(got.float(), want.float())
-
-
         )
 
     x, other = (randn(tokens, 1024, dtype=torch.bfloat16, seed=seed) for seed in (0, 9))
