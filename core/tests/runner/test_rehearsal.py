@@ -94,6 +94,25 @@ def test_a_platform_hears_when_every_bucket_has_run_of_a_draft_model_too(tmp_pat
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
+def test_a_platform_prepares_for_the_largest_step_before_it_is_told_of_attention(
+    tmp_path, counting, drafts, monkeypatch
+):
+    """What is slow to compile is begun first."""
+    monkeypatch.setattr(counting, "prepare", lambda self, run: (self.log.append(("prepare", None)), run()))
+    limits = {"max_num_batched_tokens": 48, "max_num_seqs": 5, "num_speculative_tokens": drafts}
+    config = config_of(tmp_path / "model", **limits)
+    if drafts:
+        draft = config_of(tmp_path / "draft", **limits)
+        config = msgspec.structs.replace(config, draft=draft, spec_decoder=ORACLE)
+    load(config)
+    kinds = [kind for kind, _ in counting.log]
+    begun = [i for i, kind in enumerate(kinds) if kind == "prepare"]
+    assert len(begun) == 3 + bool(drafts)  # operations, the step, the layers of each model
+    _, step, *layers = begun
+    assert counting.log[step + 1 : layers[0]] == [("run", (48, 5))] * (1 + bool(drafts))
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
 def test_the_largest_step_runs_and_the_cache_gets_the_rest(tmp_path, counting, drafts):
     limits = {"max_num_batched_tokens": 48, "max_num_seqs": 5, "num_speculative_tokens": drafts, "memory_fraction": 0.9}
     config = config_of(tmp_path / "model", **limits)

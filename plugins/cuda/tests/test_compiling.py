@@ -88,11 +88,11 @@ class Compiler:
         if name not in self.done:
             mode = _async_compile.active_mode.get()
             keep = lambda compiled: self.done.update({name: compiled})  # noqa: E731
-            if mode is None:
-                keep(self.compile(name))
-            else:
-                more = [print] * (len(inspect.signature(mode.submit).parameters) - 3)  # later releases also clean up
-                keep(mode.submit(name, lambda: self.compile(name), keep, *more))
+            if mode is not None:
+                base = inspect.signature(_async_compile.AsyncCompileMode.submit)
+                more = [print] * (len(base.parameters) - 4)  # later releases also clean up
+                return mode.submit(name, lambda: self.compile(name), keep, *more)
+            keep(self.compile(name))
         if not warmup:
             if hasattr(self.done[name], "result"):
                 self.done[name].result()
@@ -271,9 +271,7 @@ def test_a_worker_leaves_kernels_where_they_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(triton.compiler.CompiledKernel, "_init_handles", lambda self: None)
-    deadline = time.monotonic() + 60
-    while not worker.is_ready() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert all(each.is_ready(wait=True) for each in workers.each)
     with compile_ahead._Pool([worker]) as pool:
         pool.submit(lambda: triton.compile(src, target=target, options=vars(options))).result()
     assert hits == [True]
@@ -283,12 +281,42 @@ def test_a_worker_leaves_kernels_where_they_are_found(tmp_path, monkeypatch):
     assert workers._process.poll() == 0
 
 
+def test_few_are_compiled_here_until_workers_are_ready(monkeypatch):
+    """The others wait for them."""
+    ready, at_once, most = threading.Event(), [], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(Job, "of", lambda *about: about)
+    asked = []
+    worker = SimpleNamespace(
+        is_ready=lambda wait=False: ready.wait(10 if wait else 0), compile=lambda job: asked.append(job)
+    )
+    src, target, options = "source", "target", "options"
+
+    def compile_it():
+        at_once.append((src, target, options))
+        most.append(len(at_once))
+        if not asked:
+            time.sleep(0.05)
+        at_once.pop()
+        return Kernel()
+
+    with compile_ahead._Pool([worker] * compile_ahead.THREADS) as pool:
+        kernels = [pool.submit(compile_it) for _ in range(20)]
+        time.sleep(0.02)
+        assert len(at_once) == compile_ahead.AHEAD
+        ready.set()
+        for compiled in kernels:
+            compiled.result()
+    assert len(asked) >= 20 - 2 * compile_ahead.AHEAD
+
+
 def test_a_worker_that_died_is_no_loss(tmp_path):
     workers = Workers(tmp_path, 1)
     workers._process.kill()
     workers._process.wait()
     (worker,) = workers.each
     job = Job(type(None), "module", "name", {}, {}, {}, None, {})
-    assert not worker.is_ready()
+    assert not worker.is_ready(wait=True)
     assert not worker.compile(job)
     workers.close()

@@ -75,6 +75,9 @@ class ShapesOnly:
     def compile(self, step, bucket):
         return step
 
+    def prepare(self, run):
+        """Nothing is compiled."""
+
     def warmed_up(self):
         """Nothing is kept."""
 

@@ -221,7 +221,7 @@ class Platform(ABC):
         """``run`` will be called soon, for its results. A platform that compiles what it launches may call it now, to
         find out what that is and compile all of it together; what is computed meanwhile nobody reads.
 
-        Phase: load. Order: 4. Times: before each self-check. May raise: nothing.
+        Phase: load. Order: 4. Times: before each self-check, and before the largest step. May raise: nothing.
         """
 
     def staging(self, nbytes: int) -> Tensor:

@@ -46,11 +46,9 @@ class LocalExecutor(Executor):
         platform: Platform = load_selection(config.platform)(platform_config(config))
         ops = self_check.checked_ops(config.platform, platform, getattr(torch, config.dtype))
         shapes = platform.shape_policy(config.max_num_batched_tokens, config.max_num_seqs)
-        main = LoadedModel.load(config, platform, ops, shapes, progress)
-        drafter = None if config.draft is None else LoadedModel.load(config.draft, platform, ops, shapes, progress)
+        main = LoadedModel.load(config, platform, ops, progress)
+        drafter = None if config.draft is None else LoadedModel.load(config.draft, platform, ops, progress)
         groups = kv_memory.groups_of(main.facts.attention)
-        bytes_per_block = main.block_bytes(groups)
-        beside = 0 if drafter is None else bytes_beside_block(drafter, groups)
         tables = SlotTables(config.max_num_seqs, config.max_model_len, config.block_size, len(groups), platform)
         sampler = Sampler(config.max_num_seqs, config.vocab_size, platform, ops)
 
@@ -66,13 +64,20 @@ class LocalExecutor(Executor):
             return forward, draft
 
         memory = platform.memory()
-        if memory.peak is not None:
-            rehearsal.run_largest_step(config, *passes(blocks=1), sampler, groups)
+        trial = None if memory.peak is None else passes(blocks=1)
+        if trial is not None:
+            platform.prepare(lambda: rehearsal.pad_largest_step(config, *trial))
+        for loaded in filter(None, (main, drafter)):
+            loaded.check_attention(shapes)
+        if trial is not None:
+            rehearsal.run_largest_step(config, *trial, sampler, groups)
             memory = platform.memory()
+        bytes_per_block = main.block_bytes(groups)
+        beside = 0 if drafter is None else bytes_beside_block(drafter, groups)
         blocks = kv_memory.num_blocks(config, bytes_per_block + beside, groups, memory)
         forward, draft = passes(blocks)
         self._runner = ModelRunner(forward, sampler, self._proposer(tables, draft))
-        loaded = time.perf_counter()
+        ready = time.perf_counter()
         rehearsal.warm_up(forward, draft, sampler, ops, progress)
         platform.warmed_up()
         return ExecutorInfo(
@@ -81,8 +86,8 @@ class LocalExecutor(Executor):
             groups=groups,
             page_bytes=bytes_per_block,
             draft_bytes=0 if drafter is None else draft_bytes(drafter, groups, blocks),
-            load_seconds=loaded - start,
-            warm_up_seconds=time.perf_counter() - loaded,
+            load_seconds=ready - start,
+            warm_up_seconds=time.perf_counter() - ready,
         )
 
     def run(self, plan: StepPlan) -> StepResult:

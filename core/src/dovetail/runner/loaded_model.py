@@ -82,10 +82,10 @@ class LoadedModel:
     backend: AttentionBackend
 
     @classmethod
-    def load(
-        cls, config: EngineConfig, platform: Platform, ops: OpTable, shapes: ShapePolicy, progress: Progress
-    ) -> LoadedModel:
-        """Build the model that a configuration names, fill it from its checkpoint, and build its backend."""
+    def load(cls, config: EngineConfig, platform: Platform, ops: OpTable, progress: Progress) -> LoadedModel:
+        """Build the model that a configuration names, fill it from its checkpoint, and build its backend, which is not
+        checked yet.
+        """
         dtype: torch.dtype = getattr(torch, config.dtype)
         with torch.inference_mode(), _naming_readers(config):
             model = unfilled(config, ops, platform.device)
@@ -97,9 +97,11 @@ class LoadedModel:
             kv_dtype=getattr(torch, config.kv_dtype),
             block_size=config.block_size,
         )
-        facts = type(model).facts(config.hf_config)
-        self_check.check_attention(config, platform, shapes, backend, facts.attention)
-        return cls(config, platform, facts, model, backend)
+        return cls(config, platform, type(model).facts(config.hf_config), model, backend)
+
+    def check_attention(self, shapes: ShapePolicy) -> None:
+        """See :func:`dovetail.runner.self_check.check_attention`."""
+        self_check.check_attention(self.config, self.platform, shapes, self.backend, self.facts.attention)
 
     def block_bytes(self, groups: Sequence[KVGroup]) -> int:
         """Bytes of one block of its KV cache."""

@@ -42,6 +42,13 @@ WAYS = (
 """Through the sampler: greedy or not, filtered or not, logits of the model's dtype or changed by rules."""
 
 
+def pad_largest_step(config: EngineConfig, forward: ForwardPass, draft: DraftRunner | None) -> None:
+    """Run a step of that size on padding, for what it launches."""
+    tokens = _most_tokens(config)
+    for each in [forward] if draft is None else [forward, draft.forward]:
+        each.warm_up(each.bucket(tokens, config.max_num_seqs))
+
+
 @torch.inference_mode()
 def run_largest_step(
     config: EngineConfig, forward: ForwardPass, draft: DraftRunner | None, sampler: Sampler, groups: Sequence[KVGroup]
@@ -70,11 +77,15 @@ def largest_plan(config: EngineConfig, num_groups: int) -> StepPlan:
     """As many requests as may run share as many tokens as a step may have; all sample, and verify drafts if there are
     any."""
     requests = config.max_num_seqs
-    tokens = min(config.max_num_batched_tokens, requests * config.max_model_len)
+    tokens = _most_tokens(config)
     counts = [tokens // requests + (i < tokens % requests) for i in range(requests)]
     drafts = [min(config.num_speculative_tokens, count - 1) for count in counts]
     pages = -(-counts[0] // config.block_size)
     return _plan(_row(DEMANDING, counts[0] - drafts[0], [[NULL_BLOCK] * pages] * num_groups), counts, drafts)
+
+
+def _most_tokens(config: EngineConfig) -> int:
+    return min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
 
 
 def warm_up(

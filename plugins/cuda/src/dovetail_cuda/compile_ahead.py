@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from inspect import getclosurevars
 from queue import Empty, SimpleQueue
+from threading import Semaphore
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from dovetail_cuda.compile_worker import Job, Worker, Workers
 from dovetail_cuda.tensors import replaced
 
 THREADS = 12
+AHEAD = 3
+"""Kernels that this process compiles at a time while workers still import."""
 
 
 class CompiledAhead:
@@ -85,6 +88,9 @@ class Compilers:
     @contextmanager
     def left_out(self) -> Iterator[None]:
         """Meanwhile kernels are not launched, but compiled."""
+        if active_mode.get() is self._mode:
+            yield
+            return
         run = JITFunction.run
 
         def only_compile(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -108,6 +114,12 @@ class Compilers:
 class _Mode(AsyncCompileMode):  # type: ignore[misc]  # Triton has no types
     """Its base waits when it is left."""
 
+    def submit(self, key: Any, compile_fn: Any, finalize_fn: Any, *more: Any) -> Any:
+        """As its base. A launch finds what is under way, and waits for it: Triton 3.6 shows only what is done."""
+        kernel = super().submit(key, compile_fn, finalize_fn, *more)
+        finalize_fn(kernel if kernel.kernel is None else kernel.kernel)
+        return kernel
+
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         active_mode.set(None)
 
@@ -124,6 +136,7 @@ class _Pool(ThreadPoolExecutor):
 
     def __init__(self, workers: Sequence[Worker]) -> None:
         self._idle: SimpleQueue[Worker] = SimpleQueue()
+        self._ahead = Semaphore(AHEAD)
         for worker in workers:
             self._idle.put(worker)
         device = torch.cuda.current_device()
@@ -133,8 +146,8 @@ class _Pool(ThreadPoolExecutor):
         """As its base."""
 
         def ready() -> Any:
-            self._ask_a_worker(fn)
-            kernel = fn(*args, **named)  # finds what the worker left on disk
+            with self._helped(fn):
+                kernel = fn(*args, **named)  # finds what the worker left on disk
             kernel._init_handles()
             return kernel
 
@@ -145,17 +158,29 @@ class _Pool(ThreadPoolExecutor):
         while not self._idle.empty():
             self._idle.get()
 
-    def _ask_a_worker(self, compile_it: Callable[..., Any]) -> None:
-        """If one is ready and free; else this process compiles."""
+    @contextmanager
+    def _helped(self, compile_it: Callable[..., Any]) -> Iterator[None]:
+        """Before it is compiled here, a worker does so. Until one is ready a few go ahead; more would get in each
+        other's way.
+        """
         about = getclosurevars(compile_it).nonlocals  # of the function in Triton that calls the compiler
         try:
             job = Job.of(about["src"], about["target"], about["options"])
             worker = self._idle.get_nowait()
         except (KeyError, Empty):  # another release of Triton, or nobody there
+            yield
             return
-        if worker.is_ready():
-            worker.compile(job)
+        if not worker.is_ready() and self._ahead.acquire(blocking=False):
+            self._idle.put(worker)
+            try:
+                yield
+            finally:
+                self._ahead.release()
+            return
+        worker.is_ready(wait=True)
+        worker.compile(job)
         self._idle.put(worker)
+        yield
 
 
 class _Zeroed(TorchFunctionMode):

@@ -60,9 +60,9 @@ class Worker:
         self._jobs, self._answers = jobs, answers
         self._is_ready = False
 
-    def is_ready(self) -> bool:
-        """Whether it has all that it imports."""
-        if not self._is_ready and select([self._answers], [], [], 0)[0]:
+    def is_ready(self, wait: bool = False) -> bool:
+        """Whether it has all that it imports; ``wait`` until it has, or is gone."""
+        if not self._is_ready and select([self._answers], [], [], None if wait else 0)[0]:
             self._is_ready = self._answers.read(1) == DONE
         return self._is_ready
 
@@ -141,6 +141,7 @@ def main() -> None:
         _close(pair)
     for _ in pairs:
         os.wait()
+    os._exit(0)  # at once: the engine waits
 
 
 def _work(job_end: int, answer_end: int) -> None:
