@@ -17,7 +17,7 @@ from dovetail_cuda.kernels.quantize import quantize_rows
 FP8 = torch.float8_e4m3fn
 SHAPES = [(4096, 4096), (4096, 28672)]
 """Inputs and outputs."""
-TOKENS = [1, 16, 64, 512, 4096]
+TOKENS = [1, 16, 64, 512, 1024, 2048, 8192]
 GROUP = 128
 
 

@@ -18,14 +18,11 @@ from torch.nn.functional import scaled_mm as library_scaled_mm
 
 from dovetail.ops import reference
 from dovetail.ops.reference import QuantizedExperts, ScaledWeight
-from dovetail_cuda.kernels.narrow import Codes, product, wide
+from dovetail_cuda.kernels.narrow import Codes, multiprocessors, product, wide
 from dovetail_cuda.kernels.quantize import has_fp8, quantize_rows
+from dovetail_cuda.narrow_ways import FEW_TOKENS, MANY_TOKENS, Way, way
 
 FP8 = torch.float8_e4m3fn
-FEW_TOKENS = 64
-"""Up to which the kernel is faster than cuBLAS on 8 bits."""
-MANY_TOKENS = 512
-"""Above which it is faster to widen a weight, and then leave it to cuBLAS."""
 BLOCK = 128
 """Outputs and inputs of the blocks that cuBLAS knows."""
 _LIBRARY_BLOCKS = (9, 0)
@@ -162,9 +159,18 @@ def quantized_experts_mm(
 
 
 def _weight_only(x_TI: Tensor, codes: Codes, bias_O: Tensor | None) -> Tensor:
-    if len(x_TI) > MANY_TOKENS and x_TI.dtype != torch.float32:
+    processors = multiprocessors(x_TI.device)
+    how = Way.STREAM if x_TI.dtype == torch.float32 else way(x_TI, codes, processors)
+    if how == Way.STREAM:
+        return product(x_TI, codes, None, bias_O, x_TI.dtype)
+    if how == Way.WIDEN_FIRST:
         return F.linear(x_TI, wide(codes, x_TI.dtype), bias_O)
-    return product(x_TI, codes, None, bias_O, x_TI.dtype)
+    from dovetail_cuda.kernels.many_rows import many_rows_product
+
+    if len(x_TI) > MANY_TOKENS:
+        # a step of fewer tokens may widen first; one that is rehearsed has to take as much memory
+        torch.empty(codes.shape, dtype=x_TI.dtype, device=x_TI.device)
+    return many_rows_product(x_TI, codes, bias_O, processors, rows=how)
 
 
 def _codes(weight_OI: Tensor, scale_OG: Tensor, group_size: int) -> Codes:

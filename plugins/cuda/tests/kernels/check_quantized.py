@@ -8,6 +8,7 @@ from dovetail.ops import reference
 from dovetail_cuda import quantized
 from dovetail_cuda.kernels import activation, norm
 from dovetail_cuda.kernels.narrow import Codes, Tiling, product, tile, wide
+from dovetail_cuda.kernels.prompt_support import has_engine
 from dovetail_cuda.kernels.quantize import quantize_rows
 
 FP8 = torch.float8_e4m3fn
@@ -97,6 +98,37 @@ def test_pairs(dtype, zeros, tokens, inputs, outputs, group):
         eye = torch.eye(inputs, dtype=torch.float64, device=DEVICE)
         exact = reference.w4a16_mm(eye, packed, scale.double(), None if zero is None else zero.double(), group)
         close(wide(Codes(packed, scale, zero, group), dtype), exact.t(), dtype)
+
+
+@pytest.mark.skipif(not has_engine(DEVICE), reason="lacks the copy engine")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "pairs", "pairs with zeros"])
+@pytest.mark.parametrize("rows", [128, 256])
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs", "group"),
+    [(3, 32, 16, None), (300, 1120, 200, 192), (257, 640, 129, None)],
+)
+def test_many_rows(dtype, kind, rows, tokens, inputs, outputs, group):
+    from dovetail_cuda.kernels.many_rows import many_rows_product
+
+    pairs, size, zero = kind.startswith("pairs"), groups(inputs, group), None
+    if pairs:
+        weight = codes(outputs, inputs // 2, torch.int8).view(torch.uint8)
+        numbers = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1).double() - 8
+    else:
+        weight = codes(outputs, inputs, torch.int8 if kind == "int8" else FP8)
+        numbers = weight.double()
+    scale = scales(size, outputs).t()
+    if kind == "pairs with zeros":
+        zero = (15 * torch.rand(outputs, size, generator=torch.Generator().manual_seed(4))).round().to(DEVICE)
+        numbers += 8 - zero.double().repeat_interleave(group or inputs, 1)[:, :inputs]
+    x, bias = randn(tokens, inputs + 8, dtype=dtype)[:, 8:], randn(outputs, dtype=dtype, seed=3)
+    packed = Codes(weight, scale, zero, group or inputs)
+    expected = x.double() @ dequantized(numbers, scale, group).t()
+    out = many_rows_product(x, packed, bias, 2, rows)  # programs that have several tiles
+    close(out, expected + bias.double(), dtype)
+    for _ in range(20):
+        assert torch.equal(many_rows_product(x, packed, bias, 132, rows), out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

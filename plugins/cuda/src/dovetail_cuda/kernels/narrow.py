@@ -93,7 +93,7 @@ def product(
         return out_TO
     x = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
     if tiling is None:
-        tiling = tile(tokens, experts, codes, x.dtype, _multiprocessors(x.device))
+        tiling = tile(tokens, experts, codes, x.dtype, multiprocessors(x.device))
     tiles_t = tokens // tiling.tokens + experts if experts else triton.cdiv(tokens, tiling.tokens)
     tiles = triton.cdiv(outputs, tiling.outputs) * tiles_t
     shared = tiling.splits > 1
@@ -194,7 +194,9 @@ def wide(codes: Codes, dtype: torch.dtype) -> Tensor:
     outputs, inputs = codes.shape
     out_OI = torch.empty((outputs, inputs), dtype=dtype, device=codes.weight.device)
     zero_OG = codes.scale_OG if codes.zero_OG is None else codes.zero_OG
-    _wide_kernel[(triton.cdiv(outputs, 16), triton.cdiv(inputs, 512))](
+    grouped = codes.group_size < inputs
+    rows, columns = (32, min(128, codes.group_size & -codes.group_size)) if grouped else (16, 512)
+    _wide_kernel[(triton.cdiv(outputs, rows), triton.cdiv(inputs, columns))](
         codes.weight,
         codes.scale_OG,
         zero_OG,
@@ -206,8 +208,9 @@ def wide(codes: Codes, dtype: torch.dtype) -> Tensor:
         *zero_OG.stride(),
         PAIRS=codes.weight.dtype == torch.uint8,
         ZEROS=codes.zero_OG is not None,
-        BLOCK_O=16,
-        BLOCK_K=512,
+        EVEN=inputs % columns == 0,
+        BLOCK_O=rows,
+        BLOCK_K=columns,
         COMPILED=out_OI.is_cuda,
         **overlapped(out_OI.device),
     )
@@ -220,7 +223,8 @@ def _strides(grid: Tensor) -> tuple[int, ...]:
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """That the device has; 1 where kernels are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -396,6 +400,7 @@ def _wide_kernel(
     zero_stride_g: tl.tensor,
     PAIRS: tl.constexpr,
     ZEROS: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
     COMPILED: tl.constexpr,
@@ -403,19 +408,20 @@ def _wide_kernel(
 ) -> None:
     release(OVERLAP)
     wait(OVERLAP)
-    o = (tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)[:, None]
+    first = tl.program_id(1) * BLOCK_K
+    group = first // group_size  # that of the whole tile
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    own = tl.minimum(o, outputs - 1)
     PACKED: tl.constexpr = 2 if PAIRS else 1
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    stored = tl.program_id(1) * (BLOCK_K // PACKED) + tl.arange(0, BLOCK_K // PACKED)[None, :]
+    k = first + tl.arange(0, BLOCK_K)[None, :]
+    stored = first // PACKED + tl.arange(0, BLOCK_K // PACKED)[None, :]
     row = inputs // PACKED
-    mask = (o < outputs) & (k < inputs)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    places = weight_ptr + o * row + stored
-    values = _values(places, (o < outputs) & (stored < row), dtype, PAIRS, True, BLOCK_O, BLOCK_K, COMPILED)
-    values = values.to(tl.float32)
+    places = weight_ptr + own[:, None].to(tl.int64) * row + stored
+    values = _values(places, stored < row, dtype, PAIRS, not EVEN, BLOCK_O, BLOCK_K, COMPILED).to(tl.float32)
     if ZEROS:
         middle = 8.0 if PAIRS else 0.0
-        zeros = tl.load(zero_ptr + o * zero_stride_o + k // group_size * zero_stride_g, mask=mask, other=0.0)
-        values += middle - zeros.to(tl.float32)
-    scales = tl.load(scale_ptr + o * scale_stride_o + k // group_size * scale_stride_g, mask=mask, other=0.0)
-    tl.store(out_ptr + o * inputs + k, (values * scales.to(tl.float32)).to(dtype), mask=mask)
+        values += (middle - tl.load(zero_ptr + own * zero_stride_o + group * zero_stride_g).to(tl.float32))[:, None]
+    values *= tl.load(scale_ptr + own * scale_stride_o + group * scale_stride_g).to(tl.float32)[:, None]
+    mask = (o < outputs)[:, None] & (k < inputs)
+    tl.store(out_ptr + o[:, None].to(tl.int64) * inputs + k, values.to(dtype), mask=mask)

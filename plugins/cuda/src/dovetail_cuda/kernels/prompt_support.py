@@ -28,7 +28,7 @@ def takes_prompts(
     _, heads, size = q_THK.shape
     _, kv_heads, page, _ = keys_BNPK.shape
     return (
-        _has_engine(q_THK.device)
+        has_engine(q_THK.device)
         and q_THK.dtype == keys_BNPK.dtype != torch.float32
         and size in SIZES
         and page % _ALIGNED == 0
@@ -44,7 +44,8 @@ def takes_prompts(
 
 
 @cache
-def _has_engine(device: torch.device) -> bool:
+def has_engine(device: torch.device) -> bool:
+    """Whether kernels can be written for the copy engine and the groups of warps of Hopper."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
         return False
     release = tuple(int(part) for part in triton.__version__.split(".")[:2])
