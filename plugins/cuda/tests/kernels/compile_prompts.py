@@ -1,4 +1,4 @@
-"""Compiles the kernel for prompts as a Hopper GPU would have it, without one."""
+"""Compiles the kernels for prompts as a Hopper GPU would have them, without one."""
 
 import sys
 
@@ -6,7 +6,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from dovetail_cuda.kernels import prompts
+from dovetail_cuda.kernels import many_rows, prompts
+from dovetail_cuda.kernels.narrow import Codes
 
 
 class Hopper:
@@ -42,3 +43,7 @@ prompts._prompt_kernel = Compiled(prompts._prompt_kernel)
 q, pages = torch.zeros(600, 8, 128, dtype=torch.bfloat16), torch.zeros(9, 2, 16, 128, dtype=torch.bfloat16)
 table, tiles = torch.zeros(2, 4, dtype=torch.int32), torch.zeros(5, prompts.COLUMNS, dtype=torch.int32)
 prompts.attend_prompts(q, pages, pages, table, tiles, 0.1, 132)
+many_rows._many_rows_kernel = Compiled(many_rows._many_rows_kernel)
+x, scale = torch.zeros(300, 256, dtype=torch.bfloat16), torch.zeros(2, 384).t()
+for weight in (torch.zeros(384, 128, dtype=torch.uint8), torch.zeros(384, 256, dtype=torch.float8_e4m3fn)):
+    many_rows.many_rows_product(x, Codes(weight, scale, None, 128), None, 132, 256)
