@@ -65,7 +65,7 @@ class Plan:
     """How cuDNN computes one shape. Where tokens lie and how many there are it reads on the device."""
 
     def __init__(self, shape: Shape) -> None:
-        graph = _described(shape)
+        graph = _Description(shape).finished()
         graph.validate()
         graph.build_operation_graph()
         graph.create_execution_plans([cudnn.heur_mode.A])
@@ -93,63 +93,67 @@ def _handle() -> Any:
     return cudnn.create_handle()
 
 
-def _described(shape: Shape) -> Any:
-    """cuDNN's description of the operation."""
-    spec, types = shape.spec, cudnn.data_type
-    number = types.BFLOAT16 if shape.dtype == torch.bfloat16 else types.HALF
-    graph = cudnn.pygraph(
-        handle=_handle(), io_data_type=number, intermediate_data_type=types.FLOAT, compute_data_type=types.FLOAT
-    )
+class _Description:
+    """cuDNN's description of a shape, tensor by tensor."""
 
-    def tensor(name: Name, dim: list[int], stride: list[int], dtype: Any = types.INT32) -> Any:
-        return graph.tensor(uid=int(name), name=name.name, dim=dim, stride=stride, data_type=dtype)
-
-    def per_request(name: Name, count: int) -> Any:
-        return tensor(name, [count, 1, 1, 1], [1, 1, 1, 1])
-
-    size, width = spec.head_size, spec.num_heads * spec.head_size
-    queries = tensor(
-        Name.QUERIES,
-        [shape.requests, spec.num_heads, shape.longest, size],
-        [shape.longest * shape.query_stride, size, shape.query_stride, 1],
-        number,
-    )
-    page = shape.block_size * size
-    keys, values = (
-        tensor(
-            name,
-            [shape.blocks, spec.num_kv_heads, shape.block_size, size],
-            [spec.num_kv_heads * page, page, size, 1],
-            number,
+    def __init__(self, shape: Shape) -> None:
+        self._shape, types = shape, cudnn.data_type
+        self._number = types.BFLOAT16 if shape.dtype == torch.bfloat16 else types.HALF
+        self._graph = cudnn.pygraph(
+            handle=_handle(),
+            io_data_type=self._number,
+            intermediate_data_type=types.FLOAT,
+            compute_data_type=types.FLOAT,
         )
-        for name in (Name.KEYS, Name.VALUES)
-    )
-    key_table, value_table = (
-        tensor(name, [shape.requests, 1, shape.pages, 1], [shape.pages, shape.pages, 1, 1])
-        for name in (Name.KEY_TABLE, Name.VALUE_TABLE)
-    )
-    out, _ = graph.sdpa(
-        name="attention",
-        q=queries,
-        k=keys,
-        v=values,
-        attn_scale=spec.scale,
-        generate_stats=False,
-        use_padding_mask=True,
-        seq_len_q=per_request(Name.COUNTS, shape.requests),
-        seq_len_kv=per_request(Name.LENGTHS, shape.requests),
-        paged_attention_k_table=key_table,
-        paged_attention_v_table=value_table,
-        paged_attention_max_seq_len_kv=shape.pages * shape.block_size,
-        **_mask(shape),
-    )
-    out.set_output(True).set_uid(int(Name.OUT)).set_data_type(number)
-    out.set_dim([shape.requests, spec.num_heads, shape.longest, size])
-    out.set_stride([shape.longest * width, size, width, 1])
-    if not shape.single:
-        queries.set_ragged_offset(per_request(Name.QUERY_OFFSETS, shape.requests + 1))
-        out.set_ragged_offset(per_request(Name.OUT_OFFSETS, shape.requests + 1))
-    return graph
+
+    def finished(self) -> Any:
+        """The graph: one operation."""
+        shape = self._shape
+        queries = self._tensor(Name.QUERIES, *self._rows(shape.query_stride), self._number)
+        out, _ = self._graph.sdpa(
+            name="attention",
+            q=queries,
+            k=self._cache(Name.KEYS),
+            v=self._cache(Name.VALUES),
+            attn_scale=shape.spec.scale,
+            generate_stats=False,
+            use_padding_mask=True,
+            seq_len_q=self._integers(Name.COUNTS, shape.requests),
+            seq_len_kv=self._integers(Name.LENGTHS, shape.requests),
+            paged_attention_k_table=self._table(Name.KEY_TABLE),
+            paged_attention_v_table=self._table(Name.VALUE_TABLE),
+            paged_attention_max_seq_len_kv=shape.pages * shape.block_size,
+            **_mask(shape),
+        )
+        dim, stride = self._rows(shape.spec.num_heads * shape.spec.head_size)
+        out.set_output(True).set_uid(int(Name.OUT)).set_data_type(self._number).set_dim(dim).set_stride(stride)
+        if not shape.single:
+            queries.set_ragged_offset(self._integers(Name.QUERY_OFFSETS, shape.requests + 1))
+            out.set_ragged_offset(self._integers(Name.OUT_OFFSETS, shape.requests + 1))
+        return self._graph
+
+    def _tensor(self, name: Name, dim: list[int], stride: list[int], dtype: Any) -> Any:
+        return self._graph.tensor(uid=int(name), name=name.name, dim=dim, stride=stride, data_type=dtype)
+
+    def _rows(self, between: int) -> tuple[list[int], list[int]]:
+        """Size and strides of queries or results: elements ``between`` those of a token and of the next."""
+        shape, size = self._shape, self._shape.spec.head_size
+        dim = [shape.requests, shape.spec.num_heads, shape.longest, size]
+        return dim, [shape.longest * between, size, between, 1]
+
+    def _cache(self, name: Name) -> Any:
+        shape, heads, size = self._shape, self._shape.spec.num_kv_heads, self._shape.spec.head_size
+        page = shape.block_size * size
+        return self._tensor(
+            name, [shape.blocks, heads, shape.block_size, size], [heads * page, page, size, 1], self._number
+        )
+
+    def _table(self, name: Name) -> Any:
+        requests, pages = self._shape.requests, self._shape.pages
+        return self._tensor(name, [requests, 1, pages, 1], [pages, pages, 1, 1], cudnn.data_type.INT32)
+
+    def _integers(self, name: Name, count: int) -> Any:
+        return self._tensor(name, [count, 1, 1, 1], [1, 1, 1, 1], cudnn.data_type.INT32)
 
 
 def _mask(shape: Shape) -> dict[str, Any]:
