@@ -170,7 +170,7 @@ def _weight_only(x_TI: Tensor, codes: Codes, bias_O: Tensor | None) -> Tensor:
     if len(x_TI) > MANY_TOKENS:
         # a step of fewer tokens may widen first; one that is rehearsed has to take as much memory
         torch.empty(codes.shape, dtype=x_TI.dtype, device=x_TI.device)
-    return many_rows_product(x_TI, codes, bias_O, processors, rows=how)
+    return many_rows_product(x_TI, codes, bias_O, processors, rows=how.value)
 
 
 def _codes(weight_OI: Tensor, scale_OG: Tensor, group_size: int) -> Codes:

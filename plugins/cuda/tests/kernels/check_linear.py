@@ -1,4 +1,4 @@
-"""Products of plain weights against float64, where a kernel of our own runs, and where it does not."""
+"""Products of plain weights against float64, where kernels of our own run, and where they do not."""
 
 import pytest
 import torch
@@ -6,8 +6,12 @@ import torch.nn.functional as F
 from inputs import DTYPES, INTERPRETED, close, randn
 
 from dovetail.ops import reference
-from dovetail_cuda.kernels import matvec
+from dovetail_cuda.kernels import matvec, skinny_support
 from dovetail_cuda.kernels.linear import linear, linear_silu_and_mul
+
+needs_hopper = pytest.mark.skipif(
+    INTERPRETED or torch.cuda.get_device_capability() != (9, 0), reason="lacks a Hopper GPU"
+)
 
 
 def arguments(tokens, inputs, outputs, dtype, bias=True):
@@ -64,11 +68,58 @@ def test_views():
     close(linear(*case), expected(*case), torch.float32)
 
 
+def test_what_suits_dozens(monkeypatch):
+    x, weight = torch.zeros(64, 80, dtype=torch.bfloat16), torch.zeros(96, 80, dtype=torch.bfloat16)
+    monkeypatch.setattr(skinny_support, "FEWEST", 64 * 80)
+    assert not skinny_support.suits(x, weight)
+    monkeypatch.setattr(skinny_support, "has_engine", lambda device: True)
+    assert skinny_support.suits(x, weight)
+    assert skinny_support.suits(x[:33, :64], weight[16:80, 8:72].expand(2, 64, 64).reshape(128, 64))
+    assert not skinny_support.suits(x[:32], weight)
+    with monkeypatch.context() as patch:
+        patch.setattr(skinny_support, "WIDE", 95)
+        assert skinny_support.suits(x[:7], weight)
+    many, short, narrow = torch.zeros(65, 80, dtype=torch.bfloat16), weight[:63], torch.zeros(96, 80)
+    for case in ((many, weight), (x[:0], weight), (x, short), (x, narrow), (x.float(), narrow), (x.half(), weight)):
+        assert not skinny_support.suits(*case)
+    for case in ((x[:, 4:-4], weight[:, 8:]), (x[:, :64], weight[:, 4:68]), (x[:, ::2], weight[:, :40])):
+        assert not skinny_support.suits(*case)
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("inputs", "outputs"), [(72, 1), (136, 333), (2048, 96), (3000, 8200), (64, 66000)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_dozens_of_tokens(dtype, bias, inputs, outputs, gated):
+    from dovetail_cuda.kernels import skinny
+
+    weight = randn(outputs * (1 + gated), inputs, dtype=dtype, seed=1) / inputs**0.5
+    bias_O = randn(len(weight), dtype=dtype, seed=2) if bias else None
+    for tokens in (1, 33, 64):
+        x = randn(tokens, inputs + 8, dtype=dtype)[:, 8:]
+        wanted = expected(x, weight, bias_O)
+        out = skinny.multiply(x, weight, bias_O, gated=gated)
+        close(out, reference.silu_and_mul(wanted) if gated else wanted, dtype, 1 + gated)
+        assert torch.equal(out, skinny.multiply(x, weight, bias_O, gated=gated))
+
+
+@needs_hopper
+def test_large_weights_meet_dozens_of_tokens(monkeypatch):
+    x, weight = randn(48, 4096, dtype=torch.bfloat16), randn(4096, 4096, dtype=torch.bfloat16, seed=1) / 64
+    for product in (linear, linear_silu_and_mul):
+        ours = product(x, weight)
+        with monkeypatch.context() as patch:
+            patch.setattr(skinny_support, "MOST", 0)
+            close(ours, product(x, weight).double(), torch.bfloat16, 2)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="lacks graphs")
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_chains_in_graphs(tokens):
-    weights = [randn(2048, 2048, dtype=torch.bfloat16, seed=i) / 2048**0.5 for i in range(8)]
-    start = randn(tokens, 2048, dtype=torch.bfloat16)
+    width = 4096 if tokens > matvec.MOST else 2048
+    weights = [randn(width, width, dtype=torch.bfloat16, seed=i) / width**0.5 for i in range(8)]
+    start = randn(tokens, width, dtype=torch.bfloat16)
 
     def chain(x):
         for weight in weights:
@@ -80,6 +131,6 @@ def test_chains_in_graphs(tokens):
     with torch.cuda.graph(graph):
         out = chain(x)
     for seed in range(3):
-        x.copy_(randn(tokens, 2048, dtype=torch.bfloat16, seed=seed + 20))
+        x.copy_(randn(tokens, width, dtype=torch.bfloat16, seed=seed + 20))
         graph.replay()
         assert torch.equal(out, chain(x.clone()))

@@ -1,4 +1,4 @@
-"""Compiles the kernels for prompts as a Hopper GPU would have them, without one."""
+"""Compiles the kernels for prompts, and for dozens of tokens, as a Hopper GPU would have them, without one."""
 
 import sys
 
@@ -6,8 +6,10 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from dovetail_cuda.kernels import many_rows, prompts
+from dovetail_cuda import quantized
+from dovetail_cuda.kernels import many_rows, prompts, skinny
 from dovetail_cuda.kernels.narrow import Codes
+from dovetail_cuda.narrow_ways import Way
 
 
 class Hopper:
@@ -26,15 +28,16 @@ class Hopper:
 class Compiled:
     """Stands in for a kernel, and only compiles it."""
 
-    def __init__(self, kernel):
+    def __init__(self, kernel, *, is_shared_out=True):
         self.kernel = kernel
+        self.names = ["wgmma.mma_async", "cp.async.bulk.tensor", *["setmaxnreg"] * is_shared_out]
 
     def __getitem__(self, grid):
         return lambda *args, **options: self.check(self.kernel.warmup(*args, grid=grid, **options))
 
     def check(self, kernel):
         assert kernel.metadata.shared <= 227 * 1024
-        assert all(name in kernel.asm["ptx"] for name in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"))
+        assert all(name in kernel.asm["ptx"] for name in self.names)
         sys.stdout.write("compiled\n")
 
 
@@ -45,5 +48,11 @@ table, tiles = torch.zeros(2, 4, dtype=torch.int32), torch.zeros(5, prompts.COLU
 prompts.attend_prompts(q, pages, pages, table, tiles, 0.1, 132)
 many_rows._many_rows_kernel = Compiled(many_rows._many_rows_kernel)
 x, scale = torch.zeros(300, 256, dtype=torch.bfloat16), torch.zeros(2, 384).t()
+quantized.multiprocessors = lambda device: 132
 for weight in (torch.zeros(384, 128, dtype=torch.uint8), torch.zeros(384, 256, dtype=torch.float8_e4m3fn)):
-    many_rows.many_rows_product(x, Codes(weight, scale, None, 128), None, 132, 256)
+    quantized.way = lambda *product: Way.ROWS_256
+    quantized._weight_only(x, Codes(weight, scale, None, 128), None)
+skinny._skinny_kernel = Compiled(skinny._skinny_kernel, is_shared_out=False)
+x, bias = torch.zeros(33, 256, dtype=torch.bfloat16), torch.zeros(70000, dtype=torch.bfloat16)
+for outputs, gated in ((4096, False), (6144, False), (28672, True), (70000, False)):
+    skinny.multiply(x, torch.zeros(outputs, 256, dtype=torch.bfloat16), bias, gated=gated)
