@@ -8,6 +8,7 @@ cache in another order and copies all of it in each step, aliased or not, so the
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ def _write_kernel(slots_ref: Array, new_ref: Array, _: Array, kv_ref: Array, arr
     """Start one copy per token, each after the one ``IN_FLIGHT`` tokens before it has arrived."""
     tokens = slots_ref.shape[0]
 
-    def copy(token: Array) -> pltpu.AsyncCopyDescriptor:
+    def copy(token: Array) -> Any:
         places = new_ref.at[token], kv_ref.at[slots_ref[token]]
         return pltpu.make_async_copy(*places, arrived.at[lax.rem(token, IN_FLIGHT)])
 

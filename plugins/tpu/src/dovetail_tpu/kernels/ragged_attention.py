@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -265,28 +265,28 @@ def _attend_kernel(
     v = pl.program_id(0)
     visit = _visit(visits_ref, v)
     steps = pl.cdiv(visit.pages, shape.pages)
-    pages = functools.partial(_copies, table_ref, kv_ref, buffer_ref, arrived, shape)
+    copies = functools.partial(_copies, table_ref, kv_ref, buffer_ref, arrived, shape)
 
     @pl.when(visit.opens != 0)
-    def _() -> None:
+    def open_block() -> None:
         best_ref[...] = jnp.full_like(best_ref, START)
         total_ref[...] = jnp.zeros_like(total_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
     @pl.when(v == 0)
-    def _() -> None:
-        pages(visit, 0, lambda copy: copy.start())
+    def start_first() -> None:
+        copies(visit, 0, lambda copy: copy.start())
 
     def step(i: Array, _: None) -> None:
         @pl.when(i + 1 < steps)
-        def _() -> None:
-            pages(visit, i + 1, lambda copy: copy.start())
+        def start_next() -> None:
+            copies(visit, i + 1, lambda copy: copy.start())
 
-        @pl.when(i + 1 == steps)  # a visit of no tokens follows the last that has some
-        def _() -> None:
-            pages(_visit(visits_ref, v + 1), 0, lambda copy: copy.start())
+        @pl.when(i + 1 == steps)
+        def start_next_visit() -> None:  # there is one: the last visits are of no tokens
+            copies(_visit(visits_ref, v + 1), 0, lambda copy: copy.start())
 
-        pages(visit, i, lambda copy: copy.wait())
+        copies(visit, i, lambda copy: copy.wait())
         half = lax.rem(visit.step + i, 2)
 
         def attend(c: Array, _: None) -> None:
@@ -299,7 +299,7 @@ def _attend_kernel(
     lax.fori_loop(0, steps, step, None)
 
     @pl.when(visit.closes != 0)
-    def _() -> None:
+    def close_block() -> None:
         total = total_ref[:, :, :1]
         out = acc_ref[...] * (shape.v_scale / jnp.where(total == 0.0, 1.0, total))
         out_ref[...] = out.astype(out_ref.dtype)
@@ -313,7 +313,7 @@ def _copies(
     shape: _Shape,
     visit: Visit,
     step: Array | int,
-    do: Callable[[pltpu.AsyncCopyDescriptor], None],
+    do: Callable[[Any], None],
 ) -> None:
     """Start, or await, the copies of all pages that a step of a visit reads: visible ones only."""
     half = lax.rem(visit.step + step, 2)
