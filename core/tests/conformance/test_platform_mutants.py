@@ -22,6 +22,7 @@ from dovetail.contracts.platform import (
 from dovetail.errors import ConfigError
 from dovetail.ops import reference
 from dovetail.plugins.manifest import PlatformManifest
+from dovetail.tensors import leaves, replaced
 from dovetail.testing.conformance import PlatformSuite, scenarios, unregistered
 from dovetail.testing.platforms import GIB, ReferencePlatform
 
@@ -308,6 +309,41 @@ class WholePages(ReferencePlatform):
         return super().staging(-(-nbytes // 4096) * 4096)
 
 
+class AdoptsHalfPrecision(ReferencePlatform):
+    def adopt(self, value: Any) -> Any:
+        kept: dict[int, torch.Tensor] = {}
+
+        def halved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.half().float() if tensor.is_floating_point() else kept.setdefault(id(tensor), tensor.clone())
+
+        return replaced(value, halved)
+
+
+class AdoptsEachPlaceAlone(ReferencePlatform):
+    """Copies a table that is found twice twice."""
+
+    def adopt(self, value: Any) -> Any:
+        return replaced(value, torch.clone)
+
+
+class ForgetsWhatStepsChange(ReferencePlatform):
+    """Compiles pure functions: each step starts from the tables that were adopted."""
+
+    def adopt(self, value: Any) -> Any:
+        self.adopted = [leaf for leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
+        return value
+
+    def compile(self, step: StepFunction, bucket: Bucket) -> StepFunction:
+        def pure(tensors: Any, metadata: Any) -> Any:
+            before = [tensor.clone() for tensor in self.adopted]
+            outputs = step(tensors, metadata)
+            for tensor, content in zip(self.adopted, before, strict=True):
+                tensor.copy_(content)
+            return outputs
+
+        return pure
+
+
 class WarmsUpTooLittle(Shaped):
     """Claims static shapes and compiles while serving."""
 
@@ -368,6 +404,9 @@ MUTANTS = {
     UploadsAsFloat: "platform.17",
     OnePlaceForAll: "platform.18",
     WholePages: "platform.18",
+    AdoptsHalfPrecision: "platform.19",
+    AdoptsEachPlaceAlone: "platform.19",
+    ForgetsWhatStepsChange: "platform.19",
 }
 CLAIMS = {
     "no such dtype": (replace(MANIFEST, dtypes=("float32", "float31")), "platform.6"),

@@ -15,7 +15,7 @@ from dovetail.options import EngineOptions
 from dovetail.plugins import requirements
 from dovetail.plugins.host import PluginHost
 from dovetail.resolution import attention
-from dovetail_cuda.tensors import leaves
+from dovetail.tensors import leaves
 
 SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_size=64, scale=0.3)
 CHOICES = {

@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,7 +179,10 @@ class Platform(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where weights, KV cache and step tensors live.
+        """Where all tensors live that code outside of compiled steps touches.
+
+        Those are step tensors, what steps give, and weights as they are read. What only compiled steps read may live
+        elsewhere: see :meth:`adopt`.
 
         Phase: load. Order: 3. Times: often. May raise: nothing.
         """
@@ -233,6 +238,23 @@ class Platform(ABC):
         Phase: load. Order: 7. Times: often, where weights are read from files. May raise: nothing.
         """
         return torch.empty(nbytes, dtype=torch.uint8)
+
+    def adopt(self, value: T) -> T:
+        """Bring what compiled steps read, or change, into memory that suits them, where that is not ``device``.
+
+        Given are a model whose weights are there, which may be changed in place, and containers of tables that steps
+        write to. From now on no code but compiled steps reads or writes tensors in it. A tensor that is found twice
+        stays one. See :mod:`dovetail.tensors`.
+
+        Phase: load. Order: 8. Times: per model, and per container of tables. May raise: ConfigError.
+
+        Returns:
+            The value, or one like it around other tensors.
+
+        Raises:
+            ConfigError: it does not fit.
+        """
+        return value
 
     def upload(self, host: Tensor) -> Tensor:
         """A host tensor on the device, for work that is queued from now on. Neither is changed afterwards.

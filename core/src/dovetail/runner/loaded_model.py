@@ -90,6 +90,7 @@ class LoadedModel:
         with torch.inference_mode(), _naming_readers(config):
             model = unfilled(config, ops, platform.device)
             _fill(config, model, platform, progress)
+            model = platform.adopt(model)
         backend: AttentionBackend = load_selection(config.attention)(
             ops=ops,
             device=platform.device,

@@ -19,8 +19,8 @@ from triton.runtime.jit import JITFunction
 
 from dovetail.contracts.attention import StepTensors
 from dovetail.contracts.platform import StepFunction
+from dovetail.tensors import replaced
 from dovetail_cuda.compile_worker import Job, Worker, Workers
-from dovetail_cuda.tensors import replaced
 
 THREADS = 12
 AHEAD = 3

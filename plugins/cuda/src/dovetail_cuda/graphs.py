@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dovetail.contracts.attention import StepTensors
 from dovetail.contracts.platform import StepFunction
-from dovetail_cuda.tensors import leaves, replaced
+from dovetail.tensors import leaves, replaced
 
 _logger = logging.getLogger("dovetail_cuda.graphs")
 _WAITS = "synchronizing CUDA operation"

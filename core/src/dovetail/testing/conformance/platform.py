@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,29 @@ class PlatformSuite(Suite):
                         what = f"{name} of call {seed} at {tuple(bucket)}"
                         self.close(out.clone(), plain.cpu(), what, dtype=dtype)
 
+    def test_adopt(self) -> None:
+        """platform.19: compiled steps read adopted tables as they were, and what one changes there the next one sees,
+        of whatever bucket; a table that is found twice stays one.
+        """
+        platform = self.make()
+        policy = platform.shape_policy(16, 4)
+        plain = _Adopted.of(torch.device("cpu"))
+        with torch.inference_mode():
+            adopted = platform.adopt(_Adopted.of(platform.device))
+            self.equal(type(adopted), _Adopted, "type of an adopted container")
+            buckets = (policy.fit(16, 4), policy.fit(1, 1))
+            compiled = {bucket: platform.compile(adopted.step, bucket) for bucket in buckets}
+            for bucket, run in compiled.items():  # what comes first may run more than once, and so must change nothing
+                first = _step(bucket, 0, platform.device)
+                run(replace(first, positions_T=torch.zeros_like(first.positions_T)), [])
+            for seed in range(3):
+                for bucket, run in compiled.items():
+                    outs = run(_step(bucket, seed, platform.device), [])
+                    right = plain.step(_step(bucket, seed, torch.device("cpu")), [])
+                    for name, out, expected in zip(("hidden states", "logits"), outs, right, strict=True):
+                        what = f"{name} over adopted tables, call {seed} at {tuple(bucket)}"
+                        self.close(out.clone(), expected, what, dtype=torch.float32)
+
     def test_transfers(self) -> None:
         """platform.17: uploads are on the device as they were on the host; downloads hold what the work queued before
         them left, also when they are read after later work and later downloads.
@@ -348,6 +372,28 @@ class PlatformSuite(Suite):
                     f"token {i} after a prompt of {len(prompt)}, {what}, {dtype}: expected {int(row.argmax())}, got "
                     f"{token}, whose float64 logit is {behind:.2%} of the largest behind."
                 )
+
+
+@dataclass(frozen=True)
+class _Adopted:
+    """A table that steps read, and one that they change, which they reach in two ways."""
+
+    table_VD: Tensor
+    counts_V: Tensor
+    more: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, device: torch.device) -> _Adopted:
+        table = torch.arange(32 * 6, dtype=torch.float32).reshape(32, 6).sin().to(device)
+        counts = torch.zeros(32, dtype=torch.int32, device=device)
+        return cls(table, counts, {"counts": counts})
+
+    def step(self, tensors: StepTensors, metadata: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Count each token as often as its position says, and give the counts so far with its row of the table."""
+        self.counts_V.index_add_(0, tensors.token_ids_T, tensors.positions_T.to(torch.int32))
+        hidden = self.table_VD[tensors.token_ids_T]
+        logits = hidden[tensors.logits_rows_S] @ self.table_VD.t()
+        return hidden, logits + self.more["counts"]
 
 
 def _sizes(most: int) -> list[int]:

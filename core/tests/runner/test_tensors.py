@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 import torch
 
-from dovetail_cuda.tensors import leaves, replaced
+from dovetail.tensors import leaves, replaced
 
 
 @dataclass(frozen=True, slots=True)
