@@ -33,6 +33,7 @@ class SelfAttention(nn.Module):
 
     Attributes:
         narrows: it returns the rows alone that :func:`wanted` keeps.
+        spec: heads and head size.
     """
 
     narrows = True
@@ -60,7 +61,7 @@ class SelfAttention(nn.Module):
             self.q_norm = RMSNorm(context, size, qk_norm_eps, offset=norm_offset)
             self.k_norm = RMSNorm(context, size, qk_norm_eps, offset=norm_offset)
         self._layer = layer
-        self._spec = spec
+        self.spec = spec
         self._cos_sin_PK = cos_sin_PK
         self._qk_norm_eps = qk_norm_eps
         self._ops = context.ops
@@ -79,7 +80,7 @@ class SelfAttention(nn.Module):
         qkv_TE = self._qkv(x_TD)
         projected = getattr(attend, "projected", None)  # a plain function has none
         if projected is None:
-            return self._output(attend(self._layer, *preparation.heads(qkv_TE, positions_T, self._spec)))
+            return self._output(attend(self._layer, *preparation.heads(qkv_TE, positions_T, self.spec)))
         return self._output(wanted(projected(self._layer, qkv_TE, positions_T, preparation), attend))
 
     def _prepare(self) -> Preparation:

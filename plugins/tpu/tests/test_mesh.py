@@ -1,0 +1,116 @@
+"""How models lie on meshes, and kernels on virtual devices of the host."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dovetail.contracts.attention import AttentionSpec
+from dovetail.errors import ConfigError
+from dovetail_tpu.mesh import AXIS, check_heads, kv_shape, spec_of
+
+ON_HEADS = """
+import jax, jax.numpy as jnp, numpy as np, functools, sys
+from jax.sharding import NamedSharding, PartitionSpec
+from dovetail_tpu.kernels.gather_attention import gather_attention
+from dovetail_tpu.kernels.kv_write import kv_scatter
+from dovetail_tpu.mesh import HEADS, _order, devices_of_step, kv_shape, over_heads, over_inner, tp_mesh, whole
+
+kv_heads, heads, size, page = int(sys.argv[1]), 8, 64, 8
+mesh = tp_mesh(jax.devices())
+
+def attend(q_THK, k_TNK, v_TNK, kv_X2NK, slots_T, *tables):
+    kv_X2NK = kv_scatter(kv_X2NK, k_TNK, v_TNK, slots_T)
+    out = gather_attention(q_THK, kv_X2NK, *tables, kv_heads=k_TNK.shape[1], page=page, scale=0.1)
+    return out, kv_X2NK
+
+def step(*arrays):
+    return over_heads(attend)(*arrays)[0]
+
+def experts(x_TD, gate_up_EDF2, down_EFD, ids_TA, weights_TA):
+    gate, up = jnp.split(jnp.einsum("td,tdf->tf", x_TD, gate_up_EDF2[ids_TA[:, 0]]), 2, axis=-1)
+    return jnp.einsum("tf,tfd->td", jax.nn.silu(gate) * up * weights_TA, down_EFD[ids_TA[:, 0]])
+
+draw = np.random.default_rng(0).standard_normal
+q, k, v = (draw((16, n, size), dtype=np.float32) for n in (heads, kv_heads, kv_heads))
+tables = np.arange(8, 24), np.array([[1, 2]]), np.array([0, 16]), np.array([16])
+cache = lambda devices: jnp.zeros(kv_shape(devices, 4 * page, kv_heads, size, 4), jnp.float32)
+pair = draw((16, 6), dtype=np.float32), draw((4, 6, 16), dtype=np.float32), draw((4, 8, 6), dtype=np.float32)
+choice = np.arange(16)[:, None] % 4, draw((16, 1), dtype=np.float32)
+square = draw((8, 128), dtype=np.float32)
+
+assert devices_of_step() == 1
+want = jax.jit(step)(q, k, v, cache(1), *tables), jax.jit(experts)(*pair, *choice), square @ square.T
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    assert devices_of_step() == len(jax.devices())
+    spread = jax.device_put(cache(mesh.size), NamedSharding(mesh, HEADS))
+    put = lambda arrays: [jax.device_put(x, NamedSharding(mesh, PartitionSpec())) for x in arrays]
+    split = jax.jit(lambda *arrays: over_inner(experts)(*arrays)), jax.jit(lambda x: whole(lambda x: x @ x.T)(x))
+    order = _order((8, 8), (mesh.size,) * 2, mesh.size).numpy()
+    experts_pair = pair[0], pair[1][:, :, order], pair[2]
+    got = (
+        jax.jit(step)(*put([q, k, v]), spread, *put(tables)),
+        split[0](*put([*experts_pair, *choice])),
+        split[1](*put([square])),
+    )
+for a, b in zip(want, got):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+"""
+
+
+def run_on(devices: int, script: str, *arguments: str) -> str:
+    """Run a script in a process that sees so many devices of the host; its output."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, "-W", "error", "-c", script, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("devices", "kv_heads"),
+    [(2, 4), (4, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4, 8), (8, 1), (2, 1)))],
+)
+def test_kernels_on_several_devices_compute_what_one_does(devices, kv_heads):
+    run_on(devices, ON_HEADS, str(kv_heads))
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        ("model.layers.3.self_attn.qkv_proj._packed", (768, 256), (AXIS, None)),
+        ("model.layers.3.self_attn.o_proj._packed", (256, 512), (None, AXIS)),
+        ("model.layers.3.mlp.gate_up_proj._packed.weight", (768, 256), (AXIS, None)),
+        ("model.layers.3.mlp.down_proj._packed", (256, 512), (None, AXIS)),
+        ("lm_head._packed", (512, 256), (AXIS, None)),
+        ("model.embed_tokens._table_VD", (512, 256), (None, AXIS)),
+        ("model.layers.3.mlp.experts.gate_up.stacked", (8, 256, 768), (None, None, AXIS)),
+        ("model.layers.3.mlp.experts.down.stacked", (8, 384, 256), (None, AXIS, None)),
+        ("model.layers.3.mlp.gate._weight", (8, 256), ()),
+        ("model.norm.learned", (256,), ()),
+        ("model.layers.3.self_attn.qkv_proj._bias_O", (768,), ()),
+        ("lm_head._packed", (513, 256), ()),
+    ],
+)
+def test_weights_are_split_by_the_role_of_their_layer(path, shape, spec):
+    assert spec_of(path, shape, devices=4) == spec
+    assert spec_of(path, shape, devices=1) == ()
+
+
+def test_a_cache_has_tiled_rows_on_every_device():
+    assert kv_shape(1, 64, 8, 64, 2) == (64, 16, 128)
+    assert kv_shape(4, 64, 8, 64, 2) == (64, 16, 128)
+    assert kv_shape(8, 64, 2, 128, 2) == (64, 16, 128)  # two heads, each in four places
+    assert kv_shape(2, 64, 6, 128, 2) == (64, 16, 128)  # three heads take eight rows
+
+
+def test_heads_must_divide():
+    spec = AttentionSpec(num_heads=12, num_kv_heads=4, head_size=64, scale=1.0)
+    for devices in (1, 2, 4, 12):
+        check_heads(devices, [spec])
+    with pytest.raises(ConfigError, match=r"evenly among 8 devices. Take as many chips as make 1, 2, 4, 12 devices"):
+        check_heads(8, [spec])
