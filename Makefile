@@ -4,7 +4,7 @@ READY := .venv/.installed
 # options for `make serve`, e.g. make serve ARGS="--port 9000 path/to/model"
 ARGS ?=
 
-.PHONY: help setup serve test test-all coverage check fix bench clean
+.PHONY: help setup setup-tpu-xla serve test test-all test-tpu-xla coverage check fix bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -19,6 +19,15 @@ INPUTS := scripts/setup constraints.txt requirements-dev.txt core/pyproject.toml
 $(READY): $(INPUTS)
 	scripts/setup
 
+# torch_xla fits another torch than the rest is developed with
+XLA := .venv-tpu-xla
+XLA_READY := $(XLA)/.installed
+
+setup-tpu-xla: $(XLA_READY) ## create .venv-tpu-xla with torch_xla, for its bridge to TPUs
+
+$(XLA_READY): scripts/setup-tpu-xla tools/make_cuda_stubs.py plugins/tpu/pyproject.toml | $(READY)
+	scripts/setup-tpu-xla
+
 serve: $(READY) ## serve the embedded demo model on 127.0.0.1:8000 (ARGS="…" adds options)
 	$(BIN)/dovetail serve $(ARGS)
 
@@ -27,6 +36,9 @@ test: $(READY) ## the tests, without the slow ones
 
 test-all: $(READY) ## all tests
 	$(BIN)/python -m pytest -q $(ARGS)
+
+test-tpu-xla: $(XLA_READY) ## the TPU platform over torch_xla, with programs executed on the CPU
+	PJRT_DEVICE=CPU $(XLA)/bin/python -m pytest -q plugins/tpu/tests/xla $(ARGS)
 
 coverage: $(READY) ## the tests, with a report of lines not covered
 	$(BIN)/python -m pytest -q -m "not slow" --cov --cov-report=term $(ARGS)
@@ -50,5 +62,5 @@ bench: $(READY) $(BENCH_MODEL) ## speed against transformers and other peers, sc
 $(BENCH_MODEL): | $(READY)
 	$(BIN)/python benchmarks/cpu/make_model.py $@
 
-clean: ## remove .venv and caches
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## remove environments and caches
+	rm -rf .venv .venv-tpu-xla .mypy_cache .ruff_cache .pytest_cache .hypothesis
