@@ -1,0 +1,50 @@
+"""Bringing what compiled steps read to the chip: the tensors that a model's modules hold, and tables."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from dovetail.tensors import leaves, replaced
+from dovetail_tpu.bridges.protocol import Bridge
+from dovetail_tpu.mesh import Placement
+
+TORCHS_OWN = frozenset({"_parameters", "_buffers", "_modules"})
+
+
+class Adoption:
+    """One walk over a model or a table. A tensor that is met twice, such as an embedding tied to the head, stays one.
+
+    A module's attributes are replaced; the host's tensors go with this, unless others hold them.
+    """
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+        self._placement = Placement(None, bridge.num_devices)
+        self._adopted: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, value: Any) -> Any:
+        """What to use in place of ``value``: a module itself, with other tensors; containers anew.
+
+        Raises:
+            ConfigError: a model does not divide evenly among the devices.
+        """
+        if not isinstance(value, nn.Module):
+            return replaced(value, lambda host: self._tensor(host, ""))
+        self._placement = Placement(value, self._bridge.num_devices)
+        for path, module in value.named_modules():
+            for own in (module._parameters, module._buffers):
+                for name in [name for name, tensor in own.items() if tensor is not None]:
+                    vars(module)[name] = own.pop(name)  # as a plain attribute; a parameter must be torch's own
+            for name, held in [*vars(module).items()]:
+                if name not in TORCHS_OWN and any(isinstance(leaf, Tensor) for leaf in leaves(held)):
+                    vars(module)[name] = replaced(held, partial(self._tensor, path=f"{path}.{name}"))
+        return value
+
+    def _tensor(self, host: Tensor, path: str) -> Tensor:
+        if id(host) not in self._adopted:
+            adopted = self._bridge.adopt(*self._placement.of(path, host))
+            self._adopted[id(host)] = host, adopted  # the former is kept, so that no other takes its identity
+        return self._adopted[id(host)][1]

@@ -1,0 +1,184 @@
+"""JaxBridge: torch code becomes JAX programs by torchax, with whatever release of torch is current."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import jax
+import jax.numpy as jnp
+import torch
+from jax import Array
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding, PartitionSpec
+from torch import Tensor
+
+from dovetail.errors import ConfigError
+from dovetail_tpu.bridges.lifting import Lifted, lift
+from dovetail_tpu.bridges.protocol import ChipMemory, Kernel, Spec, State, Step
+from dovetail_tpu.bridges.torchax_ops import TracingEnvironment, wrapped
+from dovetail_tpu.bridges.transfers import array_of, jax_dtype, numpy_of, tensor_of
+from dovetail_tpu.mesh import tp_mesh
+
+
+@dataclass(frozen=True, slots=True)
+class JaxExecutable:
+    """A compiled program, and the tensors whose arrays it takes."""
+
+    compiled: Any
+    lifted: Lifted
+    temp_bytes: int | None
+    alias_bytes: int
+
+
+class JaxBridge:
+    """See :class:`~dovetail_tpu.bridges.protocol.Bridge`."""
+
+    name = "jax"
+
+    def __init__(self, devices: Sequence[jax.Device]) -> None:
+        """Over a mesh of these devices."""
+        jax.config.update("jax_enable_x64", True)  # int64 is part of the noise that samples
+        self.mesh = tp_mesh(devices)
+        self._env = TracingEnvironment()
+        self._tensors: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+        self._count = 0
+        self._is_tracing = False
+        self._first = devices[0]
+        self.device_kind = self._first.device_kind
+        self.num_devices = len(devices)
+        client = self._first.client.platform_version.splitlines()
+        self.versions = (jax.__version__, version("jaxlib"), version("torchax"), torch.__version__, *client)
+
+    @classmethod
+    def open(cls, devices: int | None = None) -> JaxBridge:
+        """Initialise the chips.
+
+        Args:
+            devices: how many; all if not given.
+
+        Raises:
+            ConfigError: there are not so many.
+        """
+        there = jax.devices()
+        if devices is not None and not 1 <= devices <= len(there):
+            raise ConfigError(f"A mesh of {devices} devices does not fit on this machine, which has {len(there)}.")
+        return cls(there[:devices])
+
+    def adopt(self, host: Tensor, spec: Spec = ()) -> Tensor:
+        """An array on the chips, wrapped."""
+        return self._known(self._place(host, self._sharding(spec)))
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype, spec: Spec = ()) -> State:
+        """An array of zeros, wrapped."""
+        return State(self._known(self._zeros(shape, dtype, self._sharding(spec))))
+
+    def apply(self, function: Kernel, *tensors: Tensor, states: Sequence[State] = (), **static: Any) -> list[Tensor]:
+        """Call it inline while tracing, else compiled."""
+        contents = [state.tensor._elem for state in states]  # type: ignore[attr-defined]
+        arrays = self._env.t2j_iso(tensors)
+        run = functools.partial(function, **static) if self._is_tracing else _jitted(function, len(states), **static)
+        with self._on_mesh():
+            outputs = run(*contents, *arrays)
+        for state, array in zip(states, outputs, strict=False):
+            state.tensor._elem = array  # type: ignore[attr-defined]
+        results = outputs[len(states) :]
+        if self._is_tracing:
+            return [wrapped(array, self._env) for array in results]
+        self._env.constants.clear()
+        return [tensor_of(array) for array in results]
+
+    def trace(self, step: Step, words: int) -> Lifted:
+        """By putting tracers into all wrappers that are alive."""
+        self._is_tracing = True
+        try:
+            with self._on_mesh(), jax.default_matmul_precision("highest"):
+                return lift(step, words, [self._tensors[key] for key in sorted(self._tensors)], self._env)
+        finally:
+            self._is_tracing = False
+
+    def compile(self, traced: Lifted) -> JaxExecutable:
+        """By XLA. What comes out takes the shapes that were traced, and raises for others."""
+        compiled = self.lowered(traced).compile()
+        memory = compiled.memory_analysis()
+        temp = None if self._first.platform == "cpu" else memory.temp_size_in_bytes
+        return JaxExecutable(compiled, traced, temp, memory.alias_size_in_bytes)
+
+    def lowered(self, traced: Lifted) -> Any:
+        """In the compiler's input language. States stay where they are."""
+        reads, changes = traced.arrays()
+        packed = jax.ShapeDtypeStruct((traced.words,), jnp.int32, sharding=self._sharding(()))
+        homes = None if self.num_devices == 1 else ([array.sharding for array in changes], None)
+        jitted = jax.jit(traced.function, donate_argnums=2, out_shardings=homes)
+        with self._on_mesh():
+            return self._lower(jitted, [self._abstract(array) for array in traced.constants], reads, changes, packed)
+
+    def call(self, executable: JaxExecutable, packed_W: Tensor) -> list[Array]:
+        """Start it, and the copies of its results."""
+        lifted = executable.lifted
+        reads, changes = lifted.arrays()
+        changed, results = executable.compiled(lifted.constants, reads, changes, numpy_of(packed_W))
+        for tensor, array in zip(lifted.changes, changed, strict=True):
+            tensor._elem = array  # type: ignore[attr-defined]
+        for array in results:
+            array.copy_to_host_async()
+        return list(results)
+
+    def to_host(self, results: Sequence[Array]) -> list[Tensor]:
+        """Wait for the copies."""
+        return [tensor_of(array) for array in results]
+
+    def memory(self) -> ChipMemory | None:
+        """As the runtime of the chip counts it."""
+        stats = self._first.memory_stats()
+        if stats is None:
+            return None
+        return ChipMemory(total=stats["bytes_limit"], held=stats["bytes_in_use"])
+
+    def enable_cache(self, folder: Path) -> None:
+        """JAX's own, with everything in it."""
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        compilation_cache.reset_cache()  # it may have been opened elsewhere
+
+    def _place(self, host: Tensor, sharding: NamedSharding) -> Any:
+        return array_of(host, sharding)
+
+    def _zeros(self, shape: Sequence[int], dtype: torch.dtype, sharding: NamedSharding) -> Any:
+        return jnp.zeros(tuple(shape), jax_dtype(dtype), device=sharding)
+
+    def _abstract(self, constant: Array) -> Any:
+        return constant
+
+    def _lower(self, jitted: Any, *arguments: Any) -> Any:
+        return jitted.lower(*arguments)
+
+    def _sharding(self, spec: Spec) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+    def _on_mesh(self) -> AbstractContextManager[Any]:
+        """Where kernels find out that there are several devices."""
+        if self.num_devices == 1:
+            return nullcontext()
+        mesh: AbstractContextManager[Any] = jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+        return mesh
+
+    def _known(self, array: Array) -> Tensor:
+        """A wrapper that programs find."""
+        with torch.inference_mode(False):  # steps may change it
+            tensor = wrapped(array, self._env)
+        self._tensors[self._count] = tensor
+        self._count += 1
+        return tensor
+
+
+@functools.cache
+def _jitted(function: Kernel, num_states: int, **static: Any) -> Any:
+    return jax.jit(functools.partial(function, **static), donate_argnums=tuple(range(num_states)))
