@@ -1,0 +1,73 @@
+"""The suites, with programs that execute on the host."""
+
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from dovetail.runner.executor import LocalExecutor
+from dovetail.testing.conformance import (
+    AttentionSuite,
+    ExecutorManifest,
+    ExecutorSuite,
+    PlatformSuite,
+    registered,
+    unregistered,
+)
+from dovetail_tpu import bridges
+from dovetail_tpu.platform import TpuPlatform
+
+EXECUTOR = ExecutorManifest(
+    name="local",
+    summary="One process, one device.",
+    checkpoint=True,
+    logit_rules=True,
+    filters=True,
+    logprobs=True,
+    prompt_logprobs=True,
+    drafts=True,
+)
+
+
+@pytest.fixture(autouse=True)
+def bridge():
+    """Backends run on the bridge that a platform has opened."""
+    bridges.open_bridge()
+
+
+class TestPlatform(PlatformSuite):
+    """With the attention that is compiled fast."""
+
+    subject = unregistered(
+        TpuPlatform, replace(registered("tpu").find("platforms").manifest, attention=("tpu-gather",))
+    )
+
+
+@pytest.mark.slow
+class TestWholePlatform(PlatformSuite):
+    subject = registered("tpu")
+
+
+@pytest.mark.slow
+class TestAttention(AttentionSuite):
+    subject = registered("tpu")
+
+
+@pytest.mark.slow
+class TestGatherAttention(AttentionSuite):
+    subject = registered("tpu-gather")
+
+
+@pytest.mark.slow
+class TestExecutor(ExecutorSuite):
+    subject = unregistered(LocalExecutor, EXECUTOR)
+
+    def config(self, folder, **choices):
+        """On the platform."""
+        platform = registered("tpu").find("platforms")
+        return msgspec.structs.replace(
+            super().config(folder, **choices),
+            platform=platform.selection,
+            attention=registered("tpu-gather").find("attention").selection,
+            platform_options=dict(platform.manifest.defaults),
+        )
