@@ -30,15 +30,15 @@ def attend(q_THK, k_TNK, v_TNK, kv_X2NK, slots_T, *tables):
 def step(*arrays):
     return over_heads(attend)(*arrays)[0]
 
-def experts(x_TD, gate_up_EDF2, down_EFD, ids_TA, weights_TA):
-    gate, up = jnp.split(jnp.einsum("td,tdf->tf", x_TD, gate_up_EDF2[ids_TA[:, 0]]), 2, axis=-1)
-    return jnp.einsum("tf,tfd->td", jax.nn.silu(gate) * up * weights_TA, down_EFD[ids_TA[:, 0]])
+def experts(x_TD, gate_up_EFD, down_EDF, ids_TA, weights_TA):
+    gate, up = jnp.split(jnp.einsum("td,tfd->tf", x_TD, gate_up_EFD[ids_TA[:, 0]]), 2, axis=-1)
+    return jnp.einsum("tf,tdf->td", jax.nn.silu(gate) * up * weights_TA, down_EDF[ids_TA[:, 0]])
 
 draw = np.random.default_rng(0).standard_normal
 q, k, v = (draw((16, n, size), dtype=np.float32) for n in (heads, kv_heads, kv_heads))
 tables = np.arange(8, 24), np.array([[1, 2]]), np.array([0, 16]), np.array([16])
 cache = lambda devices: jnp.zeros(kv_shape(devices, 4 * page, kv_heads, size, 4), jnp.float32)
-pair = draw((16, 6), dtype=np.float32), draw((4, 6, 16), dtype=np.float32), draw((4, 8, 6), dtype=np.float32)
+pair = draw((16, 6), dtype=np.float32), draw((4, 16, 6), dtype=np.float32), draw((4, 6, 8), dtype=np.float32)
 choice = np.arange(16)[:, None] % 4, draw((16, 1), dtype=np.float32)
 square = draw((8, 128), dtype=np.float32)
 
@@ -50,7 +50,7 @@ with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     put = lambda arrays: [jax.device_put(x, NamedSharding(mesh, PartitionSpec())) for x in arrays]
     split = jax.jit(lambda *arrays: over_inner(experts)(*arrays)), jax.jit(lambda x: whole(lambda x: x @ x.T)(x))
     order = _order((8, 8), (mesh.size,) * 2, mesh.size).numpy()
-    experts_pair = pair[0], pair[1][:, :, order], pair[2]
+    experts_pair = pair[0], pair[1][:, order], pair[2]
     got = (
         jax.jit(step)(*put([q, k, v]), spread, *put(tables)),
         split[0](*put([*experts_pair, *choice])),
@@ -88,8 +88,8 @@ def test_kernels_on_several_devices_compute_what_one_does(devices, kv_heads):
         ("model.layers.3.mlp.down_proj._packed", (256, 512), (None, AXIS)),
         ("lm_head._packed", (512, 256), (AXIS, None)),
         ("model.embed_tokens._table_VD", (512, 256), (None, AXIS)),
-        ("model.layers.3.mlp.experts.gate_up.stacked", (8, 256, 768), (None, None, AXIS)),
-        ("model.layers.3.mlp.experts.down.stacked", (8, 384, 256), (None, AXIS, None)),
+        ("model.layers.3.mlp.experts.gate_up.stacked", (8, 768, 256), (None, AXIS, None)),
+        ("model.layers.3.mlp.experts.down.stacked", (8, 256, 384), (None, None, AXIS)),
         ("model.layers.3.mlp.gate._weight", (8, 256), ()),
         ("model.norm.learned", (256,), ()),
         ("model.layers.3.self_attn.qkv_proj._bias_O", (768,), ()),

@@ -76,14 +76,12 @@ def split_of(path: str) -> Split:
 def spec_of(path: str, shape: Sequence[int], devices: int) -> Spec:
     """How a tensor of a model lies on so many devices.
 
-    Matrices are ``[O, I]``, experts' ``[E, I, O]``. Others, and what does not divide, every device has whole.
+    Matrices are ``[O, I]``, experts' ``[E, O, I]``. Others, and what does not divide, every device has whole.
 
     Args:
         path: dotted names of the modules around the tensor, and its own.
     """
     dim = {Split.OUTPUTS: -2, Split.INPUTS: -1}.get(split_of(path))
-    if dim is not None and len(shape) == 3:
-        dim = -3 - dim
     if devices == 1 or dim is None or len(shape) not in (2, 3) or shape[dim] % devices:
         return ()
     axes: list[str | None] = [None] * len(shape)
@@ -124,9 +122,10 @@ class Placement:
         """
         order = next((order for layer, order in self._orders.items() if path.startswith(f"{layer}.")), None)
         if order is not None:
-            dims = [dim for dim in range(host.ndim) if host.shape[dim] == int(order.max()) + 1]
+            outputs = int(order.max()) + 1
+            dims = [dim for dim in (host.ndim - 2, host.ndim - 1) if dim >= 0 and host.shape[dim] == outputs]
             if dims:
-                host = host.index_select(dims[-1 if host.ndim == 3 else 0], order.to(host.device))
+                host = host.index_select(dims[0], order.to(host.device))
         return host, spec_of(path, host.shape, self._devices)
 
 
@@ -219,14 +218,14 @@ def over_outputs(linear: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def over_inner(experts: Callable[..., Array]) -> Callable[..., Array]:
-    """``experts(x_TD, gate_up_EDF2, down_EFD, ids_TA, weights_TA) -> [T, D]`` on each device's inner features, summed.
+    """``experts(x_TD, gate_up_EFD, down_EDF, ids_TA, weights_TA) -> [T, D]`` on each device's inner features, summed.
     Those of gate and up are in the order of a :class:`Placement`.
     """
 
     def part(*arrays: Array) -> Array:
         return experts(*arrays) if devices_of_step() == 1 else jax.lax.psum(experts(*arrays), AXIS)
 
-    split = PartitionSpec(None, None, AXIS), PartitionSpec(None, AXIS, None)
+    split = PartitionSpec(None, AXIS, None), PartitionSpec(None, None, AXIS)
     return _spread(part, (WHOLE, *split, WHOLE, WHOLE), WHOLE)
 
 
