@@ -39,7 +39,8 @@ def test_adopted_tensors_are_copies(bridge):
 @pytest.mark.parametrize("dtype", FLOATS + INTEGERS)
 def test_every_dtype_comes_and_goes(bridge, dtype):
     host = torch.tensor([0.0, 1.0, 1.0]).to(dtype)
-    (back,) = bridge.to_host([bridge.adopt(host)])
+    adopted = bridge.adopt(host)
+    back, _ = run(bridge, bridge.trace(lambda packed_W: [adopted, packed_W + 1], 1), 0)
     assert back.dtype == dtype
     assert torch.equal(back.float(), host.float())
 

@@ -27,6 +27,19 @@ Buffer = State | Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class Started:
+    """A run of a program.
+
+    Attributes:
+        results: of the step.
+        spent: what buffers held before, which the program takes over. Letting go of it waits until the program ends.
+    """
+
+    results: Sequence[Tensor]
+    spent: Sequence[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class CapturedProgram:
     """A compiled step, and what it reads. None among buffers is the packed input.
 
@@ -48,25 +61,34 @@ class CapturedProgram:
     alias_bytes: int
     temp_bytes: int | None = None
 
-    def run(self, packed_W: Tensor) -> list[Tensor]:
+    def run(self, packed_W: Tensor) -> Started:
         """Start the program over what its buffers hold now. It is never traced nor compiled again."""
         inputs = [packed_W if buffer is None else contents(buffer) for buffer in self.inputs]
         outputs = XLAC._run_cached_graph(self.key, inputs)
-        for buffer, new in zip(self.changed, outputs, strict=False):
-            if isinstance(buffer, State):
-                buffer.tensor = new
-            else:
-                XLAC._replace_xla_tensor(buffer, new)
-        return [outputs[place] if isinstance(place, int) else self._as_is(place, packed_W) for place in self.results]
+        spent = [_exchange(buffer, new) for buffer, new in zip(self.changed, outputs, strict=False)]
+        results = [self._result(place, outputs, packed_W) for place in self.results]
+        return Started(results, spent)
 
-    @staticmethod
-    def _as_is(buffer: Buffer | None, packed_W: Tensor) -> Tensor:
-        return packed_W if buffer is None else contents(buffer)
+    def _result(self, place: int | Buffer | None, outputs: Sequence[Tensor], packed_W: Tensor) -> Tensor:
+        if place is None:
+            return packed_W
+        return outputs[place] if isinstance(place, int) else contents(place)
 
 
 def contents(buffer: Buffer) -> Tensor:
     """The tensor of torch_xla that a buffer is now."""
     return buffer.tensor if isinstance(buffer, State) else buffer
+
+
+def _exchange(buffer: Buffer, new: Tensor) -> Tensor:
+    """Give a buffer new contents; returns the old ones."""
+    old = contents(buffer)
+    if isinstance(buffer, State):
+        buffer.tensor = new
+        return old
+    copy = old.clone()  # of the same memory
+    XLAC._replace_xla_tensor(old, new)
+    return copy
 
 
 def capture(step: Step, words: int, buffers: Sequence[Buffer]) -> CapturedProgram:

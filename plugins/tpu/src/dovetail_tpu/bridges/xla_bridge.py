@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dovetail.errors import ConfigError
 from dovetail_tpu.bridges import jax_op
-from dovetail_tpu.bridges.capture import XLAC, Buffer, CapturedProgram, capture
+from dovetail_tpu.bridges.capture import XLAC, Buffer, CapturedProgram, Started, capture
 from dovetail_tpu.bridges.protocol import ChipMemory, Kernel, Spec, State, Step
 
 COMPILED_WITH = ("torch", "torch_xla", "jax", "jaxlib", "libtpu")
@@ -86,7 +86,7 @@ class XlaBridge:
         if self._is_tracing:
             return results
         torch_xla.sync()
-        return self.to_host(results)
+        return _fetched(results)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -104,7 +104,7 @@ class XlaBridge:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def call(self, executable: CapturedProgram, packed_W: Tensor) -> list[Tensor]:
+    def call(self, executable: CapturedProgram, packed_W: Tensor) -> Started:
         """Start a program.
 
         Raises:
@@ -114,10 +114,9 @@ class XlaBridge:
             raise ValueError(f"The program takes {executable.words} words of input, not {packed_W.numel()}.")
         return executable.run(packed_W.to(self._device))
 
-    def to_host(self, results: Sequence[Tensor]) -> list[Tensor]:
+    def to_host(self, results: Started) -> list[Tensor]:
         """Wait, and fetch all of them together."""
-        fetched: list[Tensor] = XLAC._xla_get_cpu_tensors(list(results))
-        return fetched
+        return _fetched(results.results)
 
     def memory(self) -> ChipMemory | None:
         """As torch_xla says; nothing for the host's processor."""
@@ -137,6 +136,11 @@ class XlaBridge:
         if XLAC._xla_computation_cache_is_initialized():
             raise ConfigError(f"torch_xla compiled something before; it cannot keep programs in {folder} any more.")
         xr.initialize_cache(str(folder))
+
+
+def _fetched(tensors: Sequence[Tensor]) -> list[Tensor]:
+    fetched: list[Tensor] = XLAC._xla_get_cpu_tensors(list(tensors))
+    return fetched
 
 
 def _version(package: str) -> str:
