@@ -13,9 +13,10 @@ from jax import Array, lax
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dovetail.contracts.attention import AttentionBackend, AttentionSpec, StepTensors
+from dovetail.contracts.attention import AttentionBackend, AttentionSpec, Preparation, StepTensors
 from dovetail.contracts.ops import OpTable
 from dovetail.errors import ConfigError
+from dovetail.ops import reference
 from dovetail_tpu import bridges
 from dovetail_tpu.bridges.protocol import State
 from dovetail_tpu.kernels.block_sizes import AttentionShape, Blocks, Case, attention_blocks
@@ -23,7 +24,7 @@ from dovetail_tpu.kernels.chip import V5E, chip_of_kind
 from dovetail_tpu.kernels.gather_attention import gather_attention
 from dovetail_tpu.kernels.kv_write import kv_scatter, kv_write
 from dovetail_tpu.kernels.ragged_attention import ragged_attention
-from dovetail_tpu.mesh import KV_SPEC, kv_shape
+from dovetail_tpu.mesh import KV_SPEC, kv_shape, over_heads
 
 DTYPES = (torch.bfloat16, torch.float32)
 KV_DTYPES = (*DTYPES, torch.float8_e4m3fn)
@@ -77,30 +78,57 @@ class TpuAttention(AttentionBackend):
     ) -> Tensor:
         """Inside of a program a part of it, outside a program of its own, of a size that others can share."""
         inputs = [q_THK, k_TNK, v_TNK, metadata.table_RB, metadata.starts_R1, metadata.lengths_R, metadata.slots_T]
-        is_outside = q_THK.device.type == "cpu"
+        is_outside = _is_outside(q_THK)
         if is_outside:
             inputs = _padded(*inputs)
         static = self._static(inputs[0], inputs[3], spec)
         (out_TE,) = self._bridge.apply(type(self)._attend, *inputs, states=[cache], **static)
         return out_TE[: len(q_THK)] if is_outside else out_TE
 
+    def forward_projected(
+        self,
+        qkv_TE: Tensor,
+        positions_T: Tensor,
+        preparation: Preparation,
+        cache: State,
+        metadata: Tables,
+        spec: AttentionSpec,
+    ) -> Tensor:
+        """On several devices, a program's projection holds each one's heads side by side: queries, keys, values."""
+        devices = self._bridge.num_devices
+        if devices == 1 or _is_outside(qkv_TE):
+            return super().forward_projected(qkv_TE, positions_T, preparation, cache, metadata, spec)
+        heads, kv_heads = spec.num_heads // devices, max(1, spec.num_kv_heads // devices)
+        by_device_TDHK = qkv_TE.view(len(qkv_TE), devices, heads + 2 * kv_heads, spec.head_size)
+        parts = by_device_TDHK.split_with_sizes([heads, kv_heads, kv_heads], 2)
+        q_THK, k_TNK, v_TNK = (part_TDHK.flatten(1, 2) for part_TDHK in parts)
+        if preparation.norm_weights_K is not None:  # by the reference, which XLA splits as the heads are
+            q_weight_K, k_weight_K = preparation.norm_weights_K
+            q_THK = reference.rms_norm(q_THK, q_weight_K, preparation.eps)
+            k_TNK = reference.rms_norm(k_TNK, k_weight_K, preparation.eps)
+        q_THK, k_TNK = reference.rotary(q_THK, k_TNK, positions_T, preparation.cos_sin_PK)
+        return self.forward(q_THK, k_TNK, v_TNK, cache, metadata, spec)
+
     def _shape(self, spec: AttentionSpec, num_blocks: int) -> tuple[int, int, int]:
         places, itemsize = num_blocks * self._page, self._kv_dtype.itemsize
         return kv_shape(self._bridge.num_devices, places, spec.num_kv_heads, spec.head_size, itemsize)
 
     def _static(self, q_THK: Tensor, table_RB: Tensor, spec: AttentionSpec) -> dict[str, Any]:
+        devices = self._bridge.num_devices
         shape = AttentionShape(
             tokens=len(q_THK),
             requests=len(table_RB),
             columns=table_RB.shape[1],
             page=self._page,
-            heads=spec.num_heads,
-            kv_heads=spec.num_kv_heads,
+            heads=spec.num_heads // devices,
+            kv_heads=max(1, spec.num_kv_heads // devices),
             size=spec.head_size,
             itemsize=self._dtype.itemsize,
             kv_itemsize=self._kv_dtype.itemsize,
         )
         cases = [Case.DECODE, Case.MIXED] if shape.tokens <= shape.requests else [Case.PREFILL]
+        if self._is_interpreted:
+            cases = cases[-1:]  # the interpreter gains nothing by the other
         blocks = dict.fromkeys(attention_blocks(self._chip, case, shape) for case in cases)
         return {"spec": spec, "page": self._page, "blocks": (*blocks,), "interpret": self._is_interpreted}
 
@@ -121,18 +149,22 @@ class TpuAttention(AttentionBackend):
         interpret: bool,
     ) -> tuple[Array, Array]:
         """Store, then attend. Of two cuts, the first is for steps in which no request has more than a token."""
-        kv_X2NK = kv_write(kv_X2NK, k_TNK, v_TNK, slots_T, page=page, interpret=interpret)
 
-        def attend(cut: Blocks) -> Array:
-            return ragged_attention(
-                q_THK, kv_X2NK, table_RB, starts_R1, lengths_R, **_layer(spec, page), blocks=cut, interpret=interpret
-            )
+        def attend(q_THK: Array, k_TNK: Array, v_TNK: Array, kv_X2NK: Array, *tables: Array) -> tuple[Array, Array]:
+            *tables_RB, slots_T = tables
+            kv_X2NK = kv_write(kv_X2NK, k_TNK, v_TNK, slots_T, page=page, interpret=interpret)
+            layer = _layer(spec, k_TNK.shape[1], page)
 
-        if len(blocks) == 1:
-            out_THK = attend(blocks[0])
-        else:
+            def by(cut: Blocks) -> Array:
+                return ragged_attention(q_THK, kv_X2NK, *tables_RB, **layer, blocks=cut, interpret=interpret)
+
+            if len(blocks) == 1:
+                return by(blocks[0]), kv_X2NK
+            starts_R1 = tables_RB[1]
             are_single = (starts_R1[1:] - starts_R1[:-1]).max() <= 1
-            out_THK = lax.cond(are_single, lambda: attend(blocks[0]), lambda: attend(blocks[1]))
+            return lax.cond(are_single, lambda: by(blocks[0]), lambda: by(blocks[1])), kv_X2NK
+
+        out_THK, kv_X2NK = over_heads(attend)(q_THK, k_TNK, v_TNK, kv_X2NK, table_RB, starts_R1, lengths_R, slots_T)
         return kv_X2NK, out_THK.reshape(len(q_THK), -1)
 
 
@@ -156,15 +188,24 @@ class TpuGatherAttention(TpuAttention):
         spec: AttentionSpec,
         page: int,
     ) -> tuple[Array, Array]:
-        kv_X2NK = kv_scatter(kv_X2NK, k_TNK, v_TNK, slots_T)
-        out_THK = gather_attention(q_THK, kv_X2NK, table_RB, starts_R1, lengths_R, **_layer(spec, page))
+        def attend(q_THK: Array, k_TNK: Array, v_TNK: Array, kv_X2NK: Array, *tables: Array) -> tuple[Array, Array]:
+            *tables_RB, slots_T = tables
+            kv_X2NK = kv_scatter(kv_X2NK, k_TNK, v_TNK, slots_T)
+            return gather_attention(q_THK, kv_X2NK, *tables_RB, **_layer(spec, k_TNK.shape[1], page)), kv_X2NK
+
+        out_THK, kv_X2NK = over_heads(attend)(q_THK, k_TNK, v_TNK, kv_X2NK, table_RB, starts_R1, lengths_R, slots_T)
         return kv_X2NK, out_THK.reshape(len(q_THK), -1)
 
 
-def _layer(spec: AttentionSpec, page: int) -> Mapping[str, Any]:
+def _is_outside(tensor: Tensor) -> bool:
+    """Of a program: among tensors of the host."""
+    return tensor.device.type == "cpu"
+
+
+def _layer(spec: AttentionSpec, kv_heads: int, page: int) -> Mapping[str, Any]:
     return MappingProxyType(
         {
-            "kv_heads": spec.num_kv_heads,
+            "kv_heads": kv_heads,
             "page": page,
             "scale": spec.scale,
             "window": spec.window,
