@@ -24,8 +24,8 @@ LARGER = [path for name in ("fable-30m", "fable-moe") if (path := MODELS / name)
 CHECKPOINTS = [Path(str(files("dovetail_models"))) / "checkpoints/fable-4m", *LARGER]
 COUNT = 96
 MARGIN = 0.1
-"""Nats by which the most likely token leads in float32. In bfloat16, where logits are rounded to sixteenths, two orders of
-summation may swap tokens that are closer.
+"""Nats by which the most likely token leads in float32. In bfloat16, whose logits are rounded to sixteenths, two orders
+of summation may swap tokens that are closer.
 """
 needs_cudnn = pytest.mark.skipif(bool(explain_unmet(CUDNN)), reason="lacks nvidia-cudnn-frontend")
 pytestmark = [
