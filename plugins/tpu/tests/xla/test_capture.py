@@ -119,6 +119,18 @@ def test_tensors_of_the_host_are_constants(bridge):
     assert picked.tolist() == [2, 3]
 
 
+def test_negative_numbers_are_shifted_and_not_divided(bridge):
+    def shifted(numbers):
+        places = torch.tensor([0, 1, 5, 31])
+        long = numbers.long()
+        return [numbers >> 5, long >> 30, numbers >> places, long << places, torch.bitwise_right_shift(numbers, 1)]
+
+    numbers = words(-1, -(2**31), 2**31 - 1, -33)
+    program = bridge.trace(shifted, 4)
+    for found, expected in zip(run(bridge, program, *numbers), shifted(numbers), strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("step", "says"),
     [

@@ -18,7 +18,6 @@ import torch_xla.debug.metrics as met
 from torch import Tensor
 from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
-from dovetail_tpu.bridges.host_constants import HostConstants
 from dovetail_tpu.bridges.protocol import State, Step
 
 XLAC = torch_xla._XLAC
@@ -100,8 +99,8 @@ def capture(step: Step, words: int, buffers: Sequence[Buffer]) -> CapturedProgra
         buffers: all that there are. Which of them the step uses is found out.
 
     Raises:
-        RuntimeError: the step needs to know values while it is traced, uses what torch_xla has no operation for,
-            changes tensors that were not adopted, or XLA would copy a buffer to change it.
+        RuntimeError: the step needs to know values while it is traced, uses what torch_xla has no operation for, or
+            XLA would copy a buffer to change it.
     """
     device = torch_xla.device()
     packed_W = torch.zeros(words, dtype=torch.int32).to(device)
@@ -140,8 +139,7 @@ def _traced(step: Step, packed_W: Tensor) -> list[Tensor]:
     fallbacks = _fallbacks()
     XLAC._set_allow_execution(False)
     try:
-        with HostConstants(packed_W.device):
-            outputs = [output.to(packed_W.device) for output in step(packed_W)]
+        outputs = [output.to(packed_W.device) for output in step(packed_W)]
     except RuntimeError as error:
         if "Unexpected execution" not in str(error):
             raise

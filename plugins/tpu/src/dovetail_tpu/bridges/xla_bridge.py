@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -20,9 +21,15 @@ from torch import Tensor
 from dovetail.errors import ConfigError
 from dovetail_tpu.bridges import jax_op
 from dovetail_tpu.bridges.capture import XLAC, Buffer, CapturedProgram, Started, capture
+from dovetail_tpu.bridges.host_constants import HostConstants
 from dovetail_tpu.bridges.protocol import ChipMemory, Kernel, Spec, State, Step
+from dovetail_tpu.bridges.shifts import Shifts
 
+CACHE = "XLA_PERSISTENT_CACHE_PATH"
+"""Where torch_xla remembers its folder."""
 COMPILED_WITH = ("torch", "torch_xla", "jax", "jaxlib", "libtpu")
+
+_logger = logging.getLogger("dovetail.tpu")
 
 
 class XlaBridge:
@@ -92,9 +99,14 @@ class XlaBridge:
     @torch.no_grad()
     def trace(self, step: Step, words: int) -> CapturedProgram:
         """Trace and compile: torch_xla compiles what it has traced last."""
+
+        def body(packed_W: Tensor) -> Sequence[Tensor]:
+            with HostConstants(self._device), Shifts(self._device, self.device_kind):
+                return step(packed_W)
+
         self._is_tracing = True
         try:
-            return capture(step, words, list(self._buffers.values()))
+            return capture(body, words, list(self._buffers.values()))
         finally:
             self._is_tracing = False
 
@@ -126,15 +138,15 @@ class XlaBridge:
         return ChipMemory(total=int(info["bytes_limit"]), held=int(info["bytes_used"]))
 
     def enable_cache(self, folder: Path) -> None:
-        """Keep compiled programs in a folder, from the first of this process on.
-
-        Raises:
-            ConfigError: torch_xla has compiled already, or keeps programs elsewhere.
+        """Keep compiled programs in a folder, of which a process can have one. The host's runtime cannot read what it
+        wrote, so that its programs are not kept.
         """
-        if os.environ.get("XLA_PERSISTENT_CACHE_PATH") == str(folder):
+        if self.device_kind == "cpu" or os.environ.get(CACHE) == str(folder):
             return
         if XLAC._xla_computation_cache_is_initialized():
-            raise ConfigError(f"torch_xla compiled something before; it cannot keep programs in {folder} any more.")
+            where = os.environ.get(CACHE, "memory alone")
+            _logger.warning("torch_xla keeps compiled programs in %s, as before, and not in %s", where, folder)
+            return
         xr.initialize_cache(str(folder))
 
 
