@@ -7,7 +7,7 @@ import pytest
 from dovetail_tpu.kernels.threshold import kth_largest, last_reaching, number, ordered
 
 LOWEST = -0x7F800000
-SIZES = (1, 2, 100, 129, 1030)
+SIZES = (1, 129, 1030)
 kth, reaching = jax.jit(kth_largest), jax.jit(last_reaching)
 
 
