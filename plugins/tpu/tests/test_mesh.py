@@ -87,7 +87,7 @@ def test_kernels_on_several_devices_compute_what_one_does(devices, kv_heads):
         ("model.layers.3.mlp.gate_up_proj._packed.weight", (768, 256), (AXIS, None)),
         ("model.layers.3.mlp.down_proj._packed", (256, 512), (None, AXIS)),
         ("lm_head._packed", (512, 256), (AXIS, None)),
-        ("model.embed_tokens._table_VD", (512, 256), (None, AXIS)),
+        ("model.embed_tokens._table_VD", (512, 256), (AXIS, None)),
         ("model.layers.3.mlp.experts.gate_up.stacked", (8, 768, 256), (None, AXIS, None)),
         ("model.layers.3.mlp.experts.down.stacked", (8, 256, 384), (None, None, AXIS)),
         ("model.layers.3.mlp.gate._weight", (8, 256), ()),

@@ -57,7 +57,7 @@ SPLITS = MappingProxyType(
         "o_proj": Split.INPUTS,
         "down_proj": Split.INPUTS,
         "down": Split.INPUTS,
-        "embed_tokens": Split.INPUTS,
+        "embed_tokens": Split.OUTPUTS,
     }
 )
 """By the name of a layer within its module."""
@@ -94,7 +94,7 @@ class Placement:
 
     Outputs of merged layers are put in an order in which each device has all of what belongs together: queries, keys
     and values of its heads; gate and up of its inner features. Where there are fewer key/value heads than devices,
-    several have the same one. What reads the outputs goes by this order: :func:`over_projection`,
+    several have the same one. What reads the outputs goes by this order: attention's projection,
     :func:`over_features`, :func:`over_inner`.
 
     Raises:
@@ -194,13 +194,6 @@ def over_heads(attend: Callable[..., tuple[Array, Array]]) -> Callable[..., tupl
     return run
 
 
-def over_projection(attend: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
-    """``attend(qkv_TE, kv_X2NK, *tables)``, which returns ``(out_TE, kv_X2NK)``, on each device's part of a projection
-    that a :class:`Placement` has ordered: queries, keys and values of its heads.
-    """
-    return _spread(attend, (FEATURES, HEADS), (FEATURES, HEADS))
-
-
 def over_features(gate: Callable[[Array], Array]) -> Callable[[Array], Array]:
     """``gate(x_TF2) -> [T, F]`` on each device's features of a projection in the order of a :class:`Placement`."""
     return _spread(gate, (FEATURES,), FEATURES)
@@ -227,6 +220,21 @@ def over_inner(experts: Callable[..., Array]) -> Callable[..., Array]:
 
     split = PartitionSpec(None, AXIS, None), PartitionSpec(None, None, AXIS)
     return _spread(part, (WHOLE, *split, WHOLE, WHOLE), WHOLE)
+
+
+def look_up(token_ids_T: Array, table_VD: Array) -> Array:
+    """Rows ``[T, D]`` of a table, of which each device has some; or all, if they do not divide."""
+    if table_VD.shape[0] % devices_of_step():
+        return table_VD[token_ids_T]
+
+    def part(token_ids_T: Array, table_UD: Array) -> Array:
+        own_T = token_ids_T - jax.lax.axis_index(AXIS) * len(table_UD)
+        is_own_T = (own_T >= 0) & (own_T < len(table_UD))
+        rows_TD = jnp.where(is_own_T[:, None], table_UD[jnp.where(is_own_T, own_T, 0)], 0)
+        return jax.lax.psum(rows_TD, AXIS)
+
+    rows_TD: Array = _spread(part, (WHOLE, PartitionSpec(AXIS, None)), WHOLE)(token_ids_T, table_VD)
+    return rows_TD
 
 
 def whole(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -80,11 +80,13 @@ class JaxBridge:
         return State(self._known(self._zeros(shape, dtype, self._sharding(spec))))
 
     def apply(self, function: Kernel, *tensors: Tensor, states: Sequence[State] = (), **static: Any) -> list[Tensor]:
-        """Call it inline while tracing, else compiled."""
+        """Call it inline while tracing, else compiled: on the mesh if it changes what lies there."""
         contents = [state.tensor._elem for state in states]  # type: ignore[attr-defined]
         arrays = self._env.t2j_iso(tensors)
         run = functools.partial(function, **static) if self._is_tracing else _jitted(function, len(states), **static)
-        with self._on_mesh():
+        if contents and not self._is_tracing:
+            arrays = jax.device_put(arrays, self._sharding(()))
+        with self._on_mesh() if contents or self._is_tracing else nullcontext():
             outputs = run(*contents, *arrays)
         for state, array in zip(states, outputs, strict=False):
             state.tensor._elem = array  # type: ignore[attr-defined]

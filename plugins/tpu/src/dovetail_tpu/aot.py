@@ -1,0 +1,190 @@
+"""Compiling steps for chips that are not there, by their own compiler, which libtpu has and which runs on any host.
+
+Everything but the chip is real: the model's class, its number format, attention, sampling, and how all of it lies on a
+mesh. Weights have shapes and no contents. What comes out cannot run here; it says how much memory it takes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import torch
+from jax import Array
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from torch import Tensor
+
+from dovetail.errors import ConfigError
+from dovetail_tpu.bridges.jax_bridge import JaxBridge, JaxExecutable
+from dovetail_tpu.bridges.lifting import Lifted
+from dovetail_tpu.bridges.protocol import ChipMemory, Step
+from dovetail_tpu.bridges.transfers import jax_dtype
+from dovetail_tpu.slices import Slice
+
+_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""Without these, libtpu asks a server in the network which chips the host has."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes of one device's memory that a program takes, as its compiler counts them.
+
+    Attributes:
+        arguments: weights, caches and inputs.
+        alias: of them, what it changes in place: the caches.
+        temp: besides, while it runs.
+        code: of the program itself.
+    """
+
+    arguments: int
+    alias: int
+    temp: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        """At a time."""
+        return self.arguments + self.temp + self.code
+
+
+@dataclass(frozen=True, slots=True)
+class AotExecutable(JaxExecutable):
+    """A program that was compiled for another machine.
+
+    Attributes:
+        memory: of each device.
+        text: in the compiler's own language, after all of its passes.
+        caches: shapes on one device of the states that it changes.
+    """
+
+    memory: Memory
+    text: str
+    caches: tuple[tuple[int, ...], ...]
+
+
+class AotBridge(JaxBridge):
+    """The JAX bridge to a slice that is not there.
+
+    Args:
+        target: the slice.
+        devices: of it that the mesh has; all if not given.
+
+    Raises:
+        ConfigError: libtpu is not installed, or the slice has fewer devices.
+    """
+
+    name = "aot"
+
+    def __init__(self, target: Slice, devices: int | None = None) -> None:
+        devices = target.devices if devices is None else devices
+        if not 1 <= devices <= target.devices:
+            raise ConfigError(f"{target.name} has {target.devices} devices; a mesh of {devices} does not fit on it.")
+        super().__init__(topology_devices(target)[:devices])
+        self._compiled: list[AotExecutable] = []
+        self._traced: list[Lifted] = []
+        self._chip = target.chip
+
+    def memory(self) -> ChipMemory:
+        """Of a device that holds nothing yet."""
+        return ChipMemory(total=self._chip.hbm_bytes, held=0)
+
+    def compile(self, traced: Lifted) -> AotExecutable:
+        """By libtpu.
+
+        Raises:
+            ConfigError: it does not fit; says what to change.
+        """
+        try:
+            compiled = self.lowered(traced).compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise refused(str(error), self._chip.name) from error
+        counted = compiled.memory_analysis()
+        memory = Memory(
+            arguments=counted.argument_size_in_bytes,
+            alias=counted.alias_size_in_bytes,
+            temp=counted.temp_size_in_bytes,
+            code=counted.generated_code_size_in_bytes,
+        )
+        caches = tuple(_on_one_device(tensor) for tensor in traced.changes)
+        made = AotExecutable(compiled, traced, memory.temp, memory.alias, memory, compiled.as_text(), caches)
+        self._compiled.append(made)
+        return made
+
+    def held(self) -> int:
+        """Bytes on each device of all that was adopted or allocated, and not dropped since."""
+        return sum(math.prod(_on_one_device(tensor)) * tensor.dtype.itemsize for tensor in self._tensors.values())
+
+    def executables(self) -> list[AotExecutable]:
+        """What was compiled, in the order in which it was traced."""
+        order = {id(lifted): place for place, lifted in enumerate(self._traced)}
+        return sorted(self._compiled, key=lambda made: order[id(made.lifted)])
+
+    def trace(self, step: Step, words: int) -> Lifted:
+        """And remember that it came next."""
+        self._traced.append(super().trace(step, words))
+        return self._traced[-1]
+
+    def _place(self, host: Tensor, sharding: NamedSharding) -> Any:
+        return jax.ShapeDtypeStruct(tuple(host.shape), jax_dtype(host.dtype), sharding=sharding)
+
+    def _zeros(self, shape: Sequence[int], dtype: torch.dtype, sharding: NamedSharding) -> Any:
+        return jax.ShapeDtypeStruct(tuple(shape), jax_dtype(dtype), sharding=sharding)
+
+    def _abstract(self, constant: Array) -> Any:
+        return jax.ShapeDtypeStruct(constant.shape, constant.dtype, sharding=self._sharding(()))
+
+    def _lower(self, jitted: Any, *arguments: Any) -> Any:
+        return jitted.trace(*arguments).lower(lowering_platforms=("tpu",))
+
+    def _on_mesh(self) -> AbstractContextManager[Any]:
+        """Always, so that kernels see the chip."""
+        mesh: AbstractContextManager[Any] = jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+        return mesh
+
+
+def topology_devices(target: Slice) -> Sequence[Any]:
+    """The devices of a slice, as its compiler knows them.
+
+    Raises:
+        ConfigError: libtpu is not installed.
+    """
+    if find_spec("libtpu") is None:
+        raise ConfigError("The chips' compiler is not installed: pip install 'dovetail-tpu[aot]'.")
+    for name, value in _ALONE.items():
+        os.environ.setdefault(name, value)
+    devices: Sequence[Any] = topologies.get_topology_desc(f"{target.chip.name}:{target.topology}", "tpu").devices
+    return devices
+
+
+def _on_one_device(tensor: Any) -> tuple[int, ...]:
+    array = tensor._elem
+    shape: tuple[int, ...] = array.sharding.shard_shape(array.shape)
+    return shape
+
+
+def refused(fault: str, chip: str) -> ConfigError:
+    """What a compiler's refusal means to those who chose the options."""
+    first = fault.splitlines()[0]
+    kind = next((kind for kind in ("hbm", "vmem", "smem") if kind in fault.lower()), "")
+    if kind == "hbm":
+        return ConfigError(
+            f"A step does not fit into the memory of {chip}. Lower --max-num-batched-tokens, --max-num-seqs or "
+            f"--kv-cache-memory, quantize the weights, or take more chips. ({first})"
+        )
+    if kind:
+        return ConfigError(
+            f"A kernel needs more of a core's own memory ({kind}) than {chip} has. Lower --block-size, "
+            f"--max-num-batched-tokens or --max-num-seqs, or split heads among more chips. ({first})"
+        )
+    return ConfigError(f"The compiler of {chip} refuses a step: report it to the authors of dovetail-tpu. ({first})")
