@@ -88,8 +88,10 @@ class TpuPlatform(Platform):
         return torch.float32 if checkpoint_dtype is torch.float32 else torch.bfloat16
 
     def ops(self, dtype: torch.dtype) -> Mapping[str, Callable[..., Any]]:
-        """None yet: the reference becomes part of the programs."""
-        return {}
+        """Those of :mod:`dovetail_tpu.ops`, which imports JAX."""
+        from dovetail_tpu.ops import table
+
+        return table()
 
     def shape_policy(self, max_tokens: int, max_requests: int) -> ShapePolicy:
         """Powers of two."""

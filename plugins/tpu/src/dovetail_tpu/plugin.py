@@ -8,6 +8,33 @@ from dovetail_tpu import detect
 
 DTYPES = ("bfloat16", "float32")
 KV_DTYPES = ("auto", "float8_e4m3fn")
+OPS = frozenset(
+    {
+        "embedding",
+        "rms_norm",
+        "add_rms_norm",
+        "add_rms_norm_quantize",
+        "silu_and_mul",
+        "gelu_tanh_and_mul",
+        "linear_silu_and_mul",
+        "weight_only_pack",
+        "weight_only_mm",
+        "scaled_mm_pack",
+        "scaled_mm",
+        "block_scaled_pack",
+        "block_scaled_mm",
+        "w4a16_mm",
+        "choose_experts",
+        "experts_pack",
+        "moe_experts",
+        "quantized_experts_pack",
+        "quantized_experts_mm",
+        "sample",
+        "filter_logits",
+        "sample_residual",
+        "top_logprobs",
+    }
+)
 PREFERRED, EXPLICIT = 90, -90
 """Without a chip the platform is chosen by name alone, even where its programs could execute on the host."""
 
@@ -23,6 +50,7 @@ def dovetail_register_platforms(register: Register[PlatformManifest]) -> None:
             device_type="cpu",  # of what code outside of compiled steps touches
             dtypes=DTYPES,
             attention=("tpu", "tpu-gather"),
+            ops=OPS,
             defaults={"bridge": "auto", "devices": "auto"},
         ),
         "dovetail_tpu.platform:TpuPlatform",
