@@ -407,7 +407,7 @@ class AttentionSuite(Suite):
 
     def test_kv_dtypes(self, dtype: torch.dtype) -> None:
         """attention.30: every declared dtype of the KV cache works, with keys and values rounded to it, and takes the
-        bytes that it says.
+        bytes that it says, of which heads padded for the chip's sake may be most.
         """
         for name in self.manifest.kv_dtypes:
             kv_dtype = dtype if name == "auto" else getattr(torch, name)
@@ -415,7 +415,7 @@ class AttentionSuite(Suite):
             requests, blocks = bench.requests(spec, (33, 50))
             bare = 2 * bench.block_size * spec.num_kv_heads * spec.head_size * kv_dtype.itemsize
             page = bench.backend.page_bytes(spec)
-            self.check(bare <= page < 2 * bare, f"page_bytes with a {name} cache is {page}; the bare size is {bare}.")
+            self.check(bare <= page <= 2 * bare, f"page_bytes with a {name} cache is {page}; the bare size is {bare}.")
             outs = _ragged(bench, spec, requests, bench.backend.allocate(spec, blocks), (1, 20))
             looser = max(1.0, NARROW.get(kv_dtype, 0.0) / TOLERANCE[dtype])
             rounded = [dense(request, spec, kv_dtype) for request in requests]
