@@ -1,4 +1,5 @@
-"""``dovetail plan``: whether a model, its context and its batch fit on a slice, and over how many of its devices.
+"""``python -m dovetail_tpu.plan --tpu SLICE MODEL``: whether a model, its context and its batch fit on a slice, and
+over how many of its devices.
 
 Nothing is loaded and no chip is there: the largest steps are compiled for the slice, and its compiler says what they
 take.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -15,7 +17,7 @@ import click
 
 from dovetail.cli.options import with_options
 from dovetail.config import EngineConfig
-from dovetail.errors import ConfigError
+from dovetail.errors import ConfigError, DovetailError
 from dovetail.options import EngineOptions
 from dovetail.plugins.host import PluginHost
 from dovetail.resolver import resolve
@@ -145,3 +147,19 @@ def command(options: EngineOptions, name: str, devices: int | None, as_json: boo
     else:
         click.echo(report(config, target, meshes))
     return 0 if meshes[-1].fits else 1
+
+
+def main() -> None:
+    """Run it as a program: 0 if it fits, 1 if not, 2 if it was asked wrongly."""
+    try:
+        sys.exit(command.main(standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except DovetailError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

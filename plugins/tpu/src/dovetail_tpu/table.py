@@ -100,9 +100,9 @@ def text_of(table: Sequence[Sequence[str]], libtpu: str) -> str:
 
 Steps of 32 requests, {steps}, on one and on four devices of every generation, compiled on a
 CPU host by libtpu {libtpu}. **They were compiled, and never executed on a chip.** Weights and activations are bfloat16;
-the KV cache has {BLOCKS} blocks of {page} tokens. Sizes are MiB of one device's memory: arguments are weights, cache and
-inputs, of which the cache is changed in place; *of* is what the compiler lets programs use. A v4 or tpu7x chip is two
-devices. `make test-tpu-aot` checks that nothing copies the cache and that it all fits.
+the KV cache has {BLOCKS} blocks of {page} tokens. Sizes are MiB of one device's memory: arguments are weights, cache
+and inputs, of which the cache is changed in place; *of* is what the compiler lets programs use. A v4 or tpu7x chip is
+two devices. `make test-tpu-aot` checks that nothing copies the cache and that it all fits.
 """
     lines = [HEAD, ["---"] * len(HEAD), *table]
     return "\n".join([NOTICE, intro, *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"

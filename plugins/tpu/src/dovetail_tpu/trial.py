@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dovetail.config import EngineConfig
+from dovetail.contracts.executor import Progress
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.quant import TensorSpec
 from dovetail.runner import kv_memory
@@ -19,13 +20,6 @@ from dovetail.runner.slots import SlotTables
 from dovetail_tpu.aot import AotBridge, AotExecutable
 from dovetail_tpu.platform import TpuPlatform
 from dovetail_tpu.slices import Slice
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def update(self, stage: str, done: int, total: int) -> None:
-        """Say nothing."""
 
 
 class Trial:
@@ -52,7 +46,7 @@ class Trial:
         ops = OpTable(**platform.ops(dtype))
         with torch.inference_mode():
             model = unfilled(config, ops, torch.device("meta"))
-            fill(model, _shape_only, Silent())
+            fill(model, _shape_only, Progress())
         backend = load_selection(config.attention)(
             ops=ops,
             device=platform.device,

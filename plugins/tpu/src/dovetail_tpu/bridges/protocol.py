@@ -58,8 +58,11 @@ class Executable(Protocol):
         alias_bytes: of states that it changes in place.
     """
 
-    temp_bytes: int | None
-    alias_bytes: int
+    @property
+    def temp_bytes(self) -> int | None: ...
+
+    @property
+    def alias_bytes(self) -> int: ...
 
 
 class Bridge(Protocol):
