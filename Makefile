@@ -22,6 +22,8 @@ $(READY): $(INPUTS)
 # torch_xla fits another torch than the rest is developed with
 XLA := .venv-tpu-xla
 XLA_READY := $(XLA)/.installed
+# what is of that bridge, and what is of whichever there is
+XLA_TESTS := $(addprefix plugins/tpu/tests/,xla test_conformance.py test_sampling.py test_sampled_tokens.py)
 
 setup-tpu-xla: $(XLA_READY) ## create .venv-tpu-xla with torch_xla, for its bridge to TPUs
 
@@ -38,7 +40,15 @@ test-all: $(READY) ## all tests
 	$(BIN)/python -m pytest -q $(ARGS)
 
 test-tpu-xla: $(XLA_READY) ## the TPU platform over torch_xla, with programs executed on the CPU
-	PJRT_DEVICE=CPU $(XLA)/bin/python -m pytest -q plugins/tpu/tests/xla $(ARGS)
+	PJRT_DEVICE=CPU $(XLA)/bin/python -m pytest -q -W "ignore:CUDA initialization" $(XLA_TESTS) $(ARGS)
+
+test-tpu-aot: $(READY) ## compile for every TPU generation, without one; installs libtpu, its compiler (684 MB)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt libtpu
+	$(BIN)/python -m pytest -q plugins/tpu/tests -k aot $(ARGS)
+
+tpu-table: $(READY) ## write docs/reference/tpu-aot.md from what that compiler says
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt libtpu
+	$(BIN)/python -m dovetail_tpu.table docs/reference/tpu-aot.md
 
 coverage: $(READY) ## the tests, with a report of lines not covered
 	$(BIN)/python -m pytest -q -m "not slow" --cov --cov-report=term $(ARGS)

@@ -159,8 +159,6 @@ def _fallbacks() -> dict[str, int]:
 
 def _pending(tensors: Sequence[Tensor]) -> list[bool]:
     """Whether each is to be computed yet."""
-    for tensor in tensors:
-        torch._functionalize_sync(tensor)  # writes through views arrive
     pending: list[bool] = XLAC._check_tensor_need_materialization(list(tensors))
     return pending
 
