@@ -23,6 +23,7 @@ from dovetail_models import plugin as models_plugin
 PLATFORMS = {
     "reference": "dovetail.testing.platforms:ReferencePlatform",
     "ladder": "dovetail.testing.platforms:LadderPlatform",
+    "whole": "dovetail.testing.platforms:WholePlatform",
 }
 MakeEngine = Callable[..., Engine]
 

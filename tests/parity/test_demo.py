@@ -57,6 +57,7 @@ CASES = [("cpu", setting) for setting in SETTINGS] + [
     ("reference", "prefix_cache"),
     ("ladder", "chunked"),
     ("ladder", "preemption_prefix_cache"),
+    ("whole", "preemption_prefix_cache"),
 ]
 
 
@@ -71,7 +72,7 @@ def test_greedy_equals_transformers(make_engine, demo_model: Path, expected, pla
         assert engine.stats().prefix_hits > stats.prefix_hits
 
 
-@pytest.mark.parametrize("platform", ["cpu", "ladder"])
+@pytest.mark.parametrize("platform", ["cpu", "ladder", "whole"])
 def test_drafts_never_change_greedy_tokens(make_engine, demo_model: Path, expected, monkeypatch, platform: str) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     import scripted_decoder
@@ -106,9 +107,10 @@ def test_drafts_that_break_the_contract_name_the_decoder(
         run_until_idle(engine)
 
 
-def test_prompt_logprobs_equal_transformers(make_engine, demo_model: Path, demo_reference) -> None:
+@pytest.mark.parametrize("platform", ["cpu", "whole"])
+def test_prompt_logprobs_equal_transformers(make_engine, demo_model: Path, demo_reference, platform: str) -> None:
     prompt = PROMPTS[5]
-    engine = make_engine(demo_model, **{**SMALL, "max_num_batched_tokens": 32})
+    engine = make_engine(demo_model, platform, **{**SMALL, "max_num_batched_tokens": 32})
     engine.add(engine_request(prompt, request_id="x", max_tokens=2, prompt_logprobs=3, logprobs=3))
     completion = run_until_idle(engine)["x"]
     reference = demo_reference.logprobs(prompt + completion.token_ids)

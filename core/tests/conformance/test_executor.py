@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from dovetail.config import EngineConfig
 from dovetail.contracts.executor import KVGroup
 from dovetail.runner.executor import LocalExecutor
 from dovetail.sampling_params import SamplingParams
 from dovetail.testing import ScriptedExecutor, ScriptedModel, engine_config
 from dovetail.testing.conformance import ExecutorManifest, ExecutorSuite, unregistered
+from dovetail.testing.conformance.small_engine import ATTENTION, core_part
 
 VOCAB_SIZE = 128
 
@@ -29,6 +32,15 @@ class TestLocal(ExecutorSuite):
             drafts=True,
         ),
     )
+
+
+class TestWhole(TestLocal):
+    """On a platform that compiles sampling with the model."""
+
+    def config(self, folder: Path, *, drafts: int = 0, windowed: bool = True) -> EngineConfig:
+        config = super().config(folder, drafts=drafts, windowed=windowed)
+        platform = core_part("dovetail.testing.platforms:WholePlatform")
+        return msgspec.structs.replace(config, platform=platform, attention=ATTENTION)
 
 
 class TwoGroups(ScriptedExecutor):

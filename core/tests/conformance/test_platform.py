@@ -2,7 +2,7 @@
 
 from dovetail.plugins.manifest import PlatformManifest
 from dovetail.testing.conformance import PlatformSuite, registered, unregistered
-from dovetail.testing.platforms import LadderPlatform, ReferencePlatform
+from dovetail.testing.platforms import LadderPlatform, ReferencePlatform, WholePlatform
 
 
 def manifest(name: str) -> PlatformManifest:
@@ -21,3 +21,7 @@ class TestReference(PlatformSuite):
 
 class TestLadder(PlatformSuite):
     subject = unregistered(LadderPlatform, manifest("ladder"))
+
+
+class TestWhole(PlatformSuite):
+    subject = unregistered(WholePlatform, manifest("whole"))

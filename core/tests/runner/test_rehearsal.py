@@ -150,10 +150,10 @@ def test_a_platform_that_samples_itself_does_so_before_the_first_request(tmp_pat
         seen.add((len(logits_SV), params.all_greedy, params.any_filter, logits_SV.data_ptr() in raw))
         return reference.sample(logits_SV, params)
 
-    raw = set()
+    raw = {}  # the tensors, too: their places must not be taken by others
     logits = tiny.TinyModel.logits
     monkeypatch.setattr(counting, "ops", lambda self, dtype: {"sample": sample})
-    monkeypatch.setattr(tiny.TinyModel, "logits", lambda *args: (x := logits(*args), raw.add(x.data_ptr()))[0])
+    monkeypatch.setattr(tiny.TinyModel, "logits", lambda *args: raw.setdefault((x := logits(*args)).data_ptr(), x))
     load(config_of(tmp_path / "model", max_num_seqs=4))
     ways = {(greedy, filtered) for _, greedy, filtered, _ in seen}
     assert ways == {(True, False), (False, False), (False, True)}

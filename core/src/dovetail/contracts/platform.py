@@ -85,9 +85,12 @@ class ShapePolicy(ABC):
         static: every step of a bucket has the same tensor shapes: block tables have all their columns, and there are
             ``num_requests × (1 + drafts)`` rows of logits, or ``num_tokens`` if that is less. Otherwise both are as
             small as the step allows.
+        whole: sampling is part of the steps that are compiled, whose shapes are static then: see
+            :meth:`Platform.compile`. Every step does all that sampling may have to do.
     """
 
     static: bool
+    whole: bool = False
 
     @abstractmethod
     def fit(self, num_tokens: int, num_requests: int) -> Bucket:
@@ -150,7 +153,8 @@ def _next_rung(rungs: Sequence[int], size: int) -> int:
 
 StepFunction = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """Runs the model over one step: ``(StepTensors, metadata per KV group)`` in, hidden states ``[T, D]``, or ``[S, D]`` if
-the others are not read, and logits ``[S, V]`` out."""
+the others are not read, and logits ``[S, V]`` out. Others with :attr:`ShapePolicy.whole`: see
+:meth:`Platform.compile`."""
 
 
 class Platform(ABC):
@@ -243,8 +247,9 @@ class Platform(ABC):
         """Bring what compiled steps read, or change, into memory that suits them, where that is not ``device``.
 
         Given are a model whose weights are there, which may be changed in place, and containers of tables that steps
-        write to. From now on no code but compiled steps reads or writes tensors in it. A tensor that is found twice
-        stays one. See :mod:`dovetail.tensors`.
+        write to. From now on no code but compiled steps reads or writes tensors in it, if steps are ``whole``; else the
+        logits of prompts to be scored are taken from the model outside of them. A tensor that is found twice stays one.
+        See :mod:`dovetail.tensors`.
 
         Phase: load. Order: 8. Times: per model, and per container of tables. May raise: ConfigError.
 
@@ -287,6 +292,13 @@ class Platform(ABC):
         log-probabilities are wanted, which is compiled when the first of them comes.
 
         What a compiled step returns need only last until a compiled step runs again, of any bucket.
+
+        With :attr:`ShapePolicy.whole` a step takes a third argument, what is sampled
+        (:class:`dovetail.runner.sample_inputs.SampleInputs`), and returns the outcome. There is a step for what most
+        requests want, and one for all that they may want; both are warmed up. One more function is compiled, for the
+        smallest bucket: it writes to the adopted tables that these steps read. Arguments and results are tensors in
+        containers that :mod:`dovetail.tensors` walks, and None; take them as they come. With a draft model there are
+        steps of two arguments as well.
 
         Phase: warm-up. Order: 1. Times: per bucket, and later for sizes not in the ladder. May raise: nothing.
         """

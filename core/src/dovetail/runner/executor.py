@@ -9,7 +9,8 @@ import torch
 
 from dovetail.config import EngineConfig
 from dovetail.contracts.executor import Executor, ExecutorInfo, Progress
-from dovetail.contracts.platform import Platform
+from dovetail.contracts.ops import OpTable
+from dovetail.contracts.platform import Platform, ShapePolicy
 from dovetail.contracts.specdec import SpecConfig, SpecDecoder
 from dovetail.errors import PluginLoadError, PluginRunError
 from dovetail.messages import StepPlan, StepResult
@@ -25,6 +26,10 @@ from dovetail.runner.proposer import Proposer
 from dovetail.runner.runner import ModelRunner
 from dovetail.runner.sampler import Sampler
 from dovetail.runner.slots import SlotTables
+from dovetail.runner.split_step import SplitStep
+from dovetail.runner.stepped import Stepper
+from dovetail.runner.whole_sampler import WholeSampler
+from dovetail.runner.whole_step import WholeStep
 
 
 class LocalExecutor(Executor):
@@ -33,7 +38,7 @@ class LocalExecutor(Executor):
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._runner: ModelRunner | None = None
-        self._passes: list[ForwardPass] = []
+        self._passes: list[Stepper | ForwardPass] = []
 
     def load(self, progress: Progress) -> ExecutorInfo:
         """Build platform, model, cache and runner; then warm up the shape policy's ladder."""
@@ -50,18 +55,19 @@ class LocalExecutor(Executor):
         drafter = None if config.draft is None else LoadedModel.load(config.draft, platform, ops, progress)
         groups = kv_memory.groups_of(main.facts.attention)
         tables = SlotTables(config.max_num_seqs, config.max_model_len, config.block_size, len(groups), platform)
-        sampler = Sampler(config.max_num_seqs, config.vocab_size, platform, ops)
+        with_sampling = self._with_sampling(platform, ops, shapes)
 
-        def passes(blocks: int) -> tuple[ForwardPass, DraftRunner | None]:
+        def passes(blocks: int) -> tuple[Stepper, DraftRunner | None]:
             """Over caches of that many blocks of the engine's own."""
             self._forget_passes()
             forward = main.forward_pass(groups, blocks, tables, shapes, 1 + config.num_speculative_tokens)
-            self._passes = [forward]
+            stepper = with_sampling(forward)
+            self._passes = [stepper]
             if drafter is None:
-                return forward, None
+                return stepper, None
             draft = DraftRunner(drafter, shapes, tables, draft_blocks(drafter, groups, blocks))
             self._passes.append(draft.forward)
-            return forward, draft
+            return stepper, draft
 
         memory = platform.memory()
         trial = None if memory.peak is None else passes(blocks=1)
@@ -70,15 +76,15 @@ class LocalExecutor(Executor):
         for loaded in filter(None, (main, drafter)):
             loaded.check_attention(shapes)
         if trial is not None:
-            rehearsal.run_largest_step(config, *trial, sampler, groups)
+            rehearsal.run_largest_step(config, *trial, groups)
             memory = platform.memory()
         bytes_per_block = main.block_bytes(groups)
         beside = 0 if drafter is None else bytes_beside_block(drafter, groups)
         blocks = kv_memory.num_blocks(config, bytes_per_block + beside, groups, memory)
-        forward, draft = passes(blocks)
-        self._runner = ModelRunner(forward, sampler, self._proposer(tables, draft))
+        stepper, draft = passes(blocks)
+        self._runner = ModelRunner(stepper, self._proposer(tables, draft))
         ready = time.perf_counter()
-        rehearsal.warm_up(forward, draft, sampler, ops, progress)
+        rehearsal.warm_up(stepper, draft, ops, progress)
         platform.warmed_up()
         return ExecutorInfo(
             num_blocks=blocks,
@@ -112,9 +118,19 @@ class LocalExecutor(Executor):
         self._forget_passes()
 
     def _forget_passes(self) -> None:
-        for forward in self._passes:
-            forward.close()
+        for each in self._passes:
+            each.close()
         self._passes = []
+
+    def _with_sampling(self, platform: Platform, ops: OpTable, shapes: ShapePolicy) -> Callable[[ForwardPass], Stepper]:
+        """What adds sampling to a model."""
+        config = self._config
+        if not shapes.whole:
+            sampler = Sampler(config.max_num_seqs, config.vocab_size, platform, ops)
+            return lambda forward: SplitStep(forward, sampler)
+        drafts, smallest = config.num_speculative_tokens, shapes.ladder()[-1]
+        whole = WholeSampler(config.max_num_seqs, config.vocab_size, drafts, platform, ops, smallest)
+        return lambda forward: WholeStep(platform, forward, whole)
 
     def _proposer(self, tables: SlotTables, draft: DraftRunner | None) -> Proposer | None:
         config = self._config

@@ -62,11 +62,20 @@ class ForwardPass:
             The step's index arithmetic, hidden states ``[T, D]`` with padding if they are wanted, and logits
             ``[S, V]`` without.
         """
+        rows, bucket, step = self.gather(plan)
+        hidden_TD, logits_SV = self._compiled(bucket, whole)(step, self.metadata(step))
+        return rows, hidden_TD, logits_SV[: len(rows.logits_rows_S)]
+
+    def gather(self, plan: StepPlan) -> tuple[StepRows, Bucket, StepTensors]:
+        """A step's index arithmetic, the bucket it fits, and its tensors, padded."""
         rows = StepRows.of(plan)
         bucket = self.bucket(len(rows.positions_T), len(rows.slots_R))
         step = self.tables.step_tensors(rows, bucket, self._num_logits(bucket) if self._shapes.static else None)
-        hidden_TD, logits_SV = self._compiled(bucket, whole)(step, self._metadata(step))
-        return rows, hidden_TD, logits_SV[: len(rows.logits_rows_S)]
+        return rows, bucket, step
+
+    def padding(self, bucket: Bucket) -> StepTensors:
+        """A step of padding alone."""
+        return self.tables.padding_step(bucket, self._num_logits(bucket))
 
     def close(self) -> None:
         """Forget the steps: they refer back to this, and would keep model and cache until they are collected."""
@@ -79,32 +88,35 @@ class ForwardPass:
     @torch.inference_mode()
     def warm_up(self, bucket: Bucket) -> Tensor:
         """Compile and run one bucket on padding alone; returns its logits, ``[S, V]``."""
-        step = self.tables.padding_step(bucket, self._num_logits(bucket))
-        _, logits_SV = self._compiled(bucket, whole=False)(step, self._metadata(step))
+        step = self.padding(bucket)
+        _, logits_SV = self._compiled(bucket, whole=False)(step, self.metadata(step))
         return logits_SV
 
     def _num_logits(self, bucket: Bucket) -> int:
         return min(bucket.num_tokens, bucket.num_requests * self._logits_per_request)
 
-    def _metadata(self, step: StepTensors) -> list[Metadata]:
+    def metadata(self, step: StepTensors) -> list[Metadata]:
+        """What the attention backend makes of a step, for each KV group."""
         return [self._backend.build_metadata(step, group) for group in range(self._num_groups)]
 
     def _compiled(self, bucket: Bucket, whole: bool) -> StepFunction:
         step = self._steps.get((bucket, whole))
         if step is None:
-            run = self._whole if whole else self._forward
+            run = self.every if whole else self.some
             step = self._steps[bucket, whole] = self._platform.compile(run, bucket)
         return step
 
-    def _forward(self, step: StepTensors, metadata: Sequence[Metadata]) -> tuple[Tensor, Tensor]:
+    def some(self, step: StepTensors, metadata: Sequence[Metadata]) -> tuple[Tensor, Tensor]:
+        """What is compiled: hidden states, of the rows that need logits at least, and logits ``[S, V]``."""
         rows_S = step.logits_rows_S
         if len(rows_S) >= len(step.token_ids_T):
-            return self._whole(step, metadata)
+            return self.every(step, metadata)
         hidden_TD = self._hidden(step, metadata, rows_S)
         # A model that has no use for the hint returns every row.
         return hidden_TD, self.model.logits(hidden_TD if len(hidden_TD) == len(rows_S) else hidden_TD[rows_S])
 
-    def _whole(self, step: StepTensors, metadata: Sequence[Metadata]) -> tuple[Tensor, Tensor]:
+    def every(self, step: StepTensors, metadata: Sequence[Metadata]) -> tuple[Tensor, Tensor]:
+        """The same with hidden states of every token, ``[T, D]``."""
         hidden_TD = self._hidden(step, metadata, None)
         return hidden_TD, self.model.logits(hidden_TD[step.logits_rows_S])
 

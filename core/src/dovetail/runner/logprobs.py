@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Platform
 from dovetail.messages import TokenLogprobs
+from dovetail.sampling_params import SamplingParams
+
+NOT_ASKED = -1
 
 
 class Scores(NamedTuple):
@@ -26,6 +30,27 @@ class Scores(NamedTuple):
     top_ids_SK: Tensor
     top_logprobs_SK: Tensor
 
+    def part(self, first: int, count: int) -> Scores:
+        """Those of some rows."""
+        return Scores(*(tensor[first : first + count] for tensor in self))
+
+
+class Asked:
+    """How many log-probabilities the requests asked for, by slot: -1 where none.
+
+    Attributes:
+        generated_S, prompt_S: beside each token generated, and beside each of the prompt.
+    """
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self.generated_S = np.full(max_num_seqs, NOT_ASKED)
+        self.prompt_S = np.full(max_num_seqs, NOT_ASKED)
+
+    def enter(self, slot: int, params: SamplingParams) -> None:
+        """Note what a request asks for."""
+        self.generated_S[slot] = NOT_ASKED if params.logprobs is None else params.logprobs
+        self.prompt_S[slot] = NOT_ASKED if params.prompt_logprobs is None else params.prompt_logprobs
+
 
 def score(ops: OpTable, logits_SV: Tensor, tokens_S: Tensor, num_top: int) -> Scores:
     """Score each row's token, and its ``num_top`` most likely ones, without waiting for the device.
@@ -40,12 +65,13 @@ def score(ops: OpTable, logits_SV: Tensor, tokens_S: Tensor, num_top: int) -> Sc
 def reports(platform: Platform, scores: Scores, num_top: Sequence[int]) -> Callable[[], list[TokenLogprobs]]:
     """Fetch scores; what is returned waits for them and gives one report per row, each with its own ``num_top``."""
     read = platform.download(scores)
+    return lambda: told(read(), num_top)
 
-    def make() -> list[TokenLogprobs]:
-        columns = zip(*(tensor.tolist() for tensor in read()), num_top, strict=True)
-        return [
-            TokenLogprobs(token, logprob, rank, ids[:count], values[:count])
-            for token, logprob, rank, ids, values, count in columns
-        ]
 
-    return make
+def told(scores_S: Sequence[Tensor], num_top: Sequence[int]) -> list[TokenLogprobs]:
+    """One report per row, from the columns of :class:`Scores` on the host."""
+    columns = zip(*(tensor.tolist() for tensor in scores_S), num_top, strict=True)
+    return [
+        TokenLogprobs(token, logprob, rank, ids[:count], values[:count])
+        for token, logprob, rank, ids, values, count in columns
+    ]

@@ -20,6 +20,8 @@ from dovetail.ops import reference
 from dovetail.runner.draft_model import DraftRunner
 from dovetail.runner.forward import ForwardPass
 from dovetail.runner.sampler import Sampler
+from dovetail.runner.split_step import SplitStep
+from dovetail.runner.stepped import Stepper
 from dovetail.sampling_params import SamplingParams
 
 _FILTERS: dict[str, Any] = {"top_k": 50, "top_p": 0.9, "min_p": 0.01}
@@ -42,16 +44,16 @@ WAYS = (
 """Through the sampler: greedy or not, filtered or not, logits of the model's dtype or changed by rules."""
 
 
-def pad_largest_step(config: EngineConfig, forward: ForwardPass, draft: DraftRunner | None) -> None:
+def pad_largest_step(config: EngineConfig, stepper: Stepper, draft: DraftRunner | None) -> None:
     """Run a step of that size on padding, for what it launches."""
-    tokens = _most_tokens(config)
-    for each in [forward] if draft is None else [forward, draft.forward]:
-        each.warm_up(each.bucket(tokens, config.max_num_seqs))
+    bucket = stepper.forward.bucket(_most_tokens(config), config.max_num_seqs)
+    for each in _each(stepper, draft):
+        each.warm_up(bucket)
 
 
 @torch.inference_mode()
 def run_largest_step(
-    config: EngineConfig, forward: ForwardPass, draft: DraftRunner | None, sampler: Sampler, groups: Sequence[KVGroup]
+    config: EngineConfig, stepper: Stepper, draft: DraftRunner | None, groups: Sequence[KVGroup]
 ) -> None:
     """Run the largest step that a configuration allows, over caches that may hold the null block alone.
 
@@ -60,10 +62,9 @@ def run_largest_step(
     """
     plan = largest_plan(config, len(groups))
     try:
-        forward.tables.apply(plan)
-        sampler.enter(plan.new_rows[:1])
-        _, _, logits_SV = forward.run(plan)
-        sampler.step(plan, logits_SV).read()
+        stepper.forward.tables.apply(plan)
+        stepper.enter(plan.new_rows[:1])
+        stepper.run(plan).sampling.read()
         if draft is not None:
             draft.forward.warm_up(draft.forward.bucket(plan.total_tokens, len(plan.slots)))
     except torch.OutOfMemoryError as error:
@@ -88,23 +89,24 @@ def _most_tokens(config: EngineConfig) -> int:
     return min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
 
 
-def warm_up(
-    forward: ForwardPass, draft: DraftRunner | None, sampler: Sampler, ops: OpTable, progress: Progress
-) -> None:
-    """Run every bucket on padding, and sample so many rows in every way."""
-    passes = [forward] if draft is None else [forward, draft.forward]
-    buckets = [(each, bucket) for each in passes for bucket in each.ladder]
+def _each(stepper: Stepper, draft: DraftRunner | None) -> list[Stepper | ForwardPass]:
+    return [stepper] if draft is None else [stepper, draft.forward]
+
+
+def warm_up(stepper: Stepper, draft: DraftRunner | None, ops: OpTable, progress: Progress) -> None:
+    """Run every bucket on padding, and sample so many rows in every way, unless that is part of the steps."""
+    buckets = [(each, bucket) for each in _each(stepper, draft) for bucket in stepper.forward.ladder]
     rows: set[int] = set()
     widest_SV: Tensor | None = None
     for done, (each, bucket) in enumerate(buckets):
         progress.update("warm-up", done, len(buckets))
         logits_SV = each.warm_up(bucket)
-        if each is forward:
+        if each is stepper and logits_SV is not None:
             rows |= {bucket.num_requests, max(1, bucket.num_requests - 1)}  # even and odd
             widest_SV = logits_SV if widest_SV is None or len(logits_SV) > len(widest_SV) else widest_SV
-    if widest_SV is not None and ops.sample is not reference.sample:
+    if isinstance(stepper, SplitStep) and widest_SV is not None and ops.sample is not reference.sample:
         for count in sorted(rows):
-            sample_every_way(sampler, widest_SV[:count])
+            sample_every_way(stepper.sampler, widest_SV[:count])
     progress.update("warm-up", len(buckets), len(buckets))
 
 

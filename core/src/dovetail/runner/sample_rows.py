@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -65,6 +65,18 @@ class SampleRows:
             drafts=drafts,
         )
 
+    def padded(self, num_rows: int, num_requests: int, nobody: int) -> SampleRows:
+        """With rows and requests of the slot ``nobody`` behind them."""
+        rows, requests = num_rows - len(self.slots_S), num_requests - len(self.slots_R)
+        return replace(
+            self,
+            slots_R=np.pad(self.slots_R, (0, requests), constant_values=nobody),
+            starts_R=np.pad(self.starts_R, (0, requests)),
+            slots_S=np.pad(self.slots_S, (0, rows), constant_values=nobody),
+            positions_S=np.pad(self.positions_S, (0, rows)),
+            drafts_S=np.pad(self.drafts_S, (0, rows), constant_values=NO_TOKEN),
+        )
+
     @property
     def has_drafts(self) -> bool:
         """Whether any request verifies drafts."""
@@ -82,3 +94,13 @@ class SampleRows:
         index = np.repeat(np.arange(len(rows)), counts)
         offset = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return index, self.drafts_S[(rows - counts)[index] + offset]
+
+    def all_earlier_drafts(self, most: int) -> np.ndarray:
+        """``[S, most]``: the drafts before each row, the latest first, then ``NO_TOKEN``."""
+        counts = [len(d) + 1 for d in self.drafts]
+        before_S = np.zeros(len(self.slots_S), dtype=np.int64)
+        before_S[: sum(counts)] = np.arange(sum(counts)) - np.repeat(self.starts_R[: len(counts)], counts)
+        back_K = np.arange(most)
+        rows_SK = np.arange(len(self.slots_S))[:, None] - 1 - back_K
+        earlier: np.ndarray = np.where(back_K < before_S[:, None], self.drafts_S[rows_SK.clip(0)], NO_TOKEN)
+        return earlier

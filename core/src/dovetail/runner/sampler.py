@@ -19,14 +19,13 @@ from torch import Tensor
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Platform
 from dovetail.messages import NewRow, StepPlan, TokenLogprobs
-from dovetail.ops.sampling import ALL_GREEDY
+from dovetail.ops.sampling import ALL_GREEDY, SamplingTensors
 from dovetail.runner.logit_rules import LogitRules
-from dovetail.runner.logprobs import reports, score
+from dovetail.runner.logprobs import NOT_ASKED, Asked, reports, score
 from dovetail.runner.sample_rows import NO_TOKEN, SampleRows
 from dovetail.runner.sampling_table import SamplingTable
-from dovetail.runner.verify import POISONED, DraftProbs, verify, verify_drawn
+from dovetail.runner.verify import POISONED, DraftProbs, DraftRows, verify, verify_drawn
 
-NOT_ASKED = -1
 ALL_FORBIDDEN = "No token can be chosen: allowed_token_ids holds only tokens that min_tokens still forbids."
 NOT_FINITE = "The model's logits for this request are not finite numbers (NaN or infinity)."
 
@@ -49,6 +48,24 @@ class SampledStep:
     def empty(cls, plan: StepPlan) -> SampledStep:
         """Of a step in which nobody samples."""
         return cls([[] for _ in plan.slots], [None] * len(plan.slots))
+
+    @classmethod
+    def of(cls, plan: StepPlan, rows: SampleRows, tokens_RK: Tensor, finite_S: Tensor | None = None) -> SampledStep:
+        """What was chosen, on the host, without log-probabilities.
+
+        Args:
+            tokens_RK: accepted drafts, one more token or ``POISONED``, then ``NO_TOKEN``; perhaps with padding rows.
+            finite_S: which rows had a choice before the rules, if there are any.
+        """
+        sampled = cls.empty(plan)
+        for r, (column, chosen) in enumerate(zip(rows.columns, tokens_RK.tolist(), strict=False)):
+            tokens = [token for token in chosen if token != NO_TOKEN]
+            if tokens[-1] == POISONED:
+                row = int(rows.starts_R[r]) + len(tokens) - 1
+                sampled.errors[column] = NOT_FINITE if finite_S is None or not finite_S[row] else ALL_FORBIDDEN
+            else:
+                sampled.token_ids[column] = tokens
+        return sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +91,16 @@ class Sampler:
         self._table = SamplingTable(max_num_seqs, vocab_size, platform)
         self._rules = LogitRules(max_num_seqs, vocab_size, platform, ops)
         self._plain = np.zeros(max_num_seqs, dtype=bool)
-        self._num_logprobs = np.full(max_num_seqs, NOT_ASKED)
-        self._num_prompt_logprobs = np.full(max_num_seqs, NOT_ASKED)
+        self._asked = Asked(max_num_seqs)
 
     def enter(self, rows: Sequence[NewRow]) -> None:
         """Requests replace those before them in their slots. Their parameters name tokens of the vocabulary only."""
         self._table.enter(rows)
         for row in rows:
             self._rules.enter(row)
-            slot, asked, prompt_asked = row.slot, row.params.logprobs, row.params.prompt_logprobs
-            self._plain[slot] = asked is None and self._table.is_greedy(slot) and not self._rules.any_for(slot)
-            self._num_logprobs[slot] = NOT_ASKED if asked is None else asked
-            self._num_prompt_logprobs[slot] = NOT_ASKED if prompt_asked is None else prompt_asked
+            self._asked.enter(row.slot, row.params)
+            greedy, ruled = self._table.is_greedy(row.slot), self._rules.any_for(row.slot)
+            self._plain[row.slot] = greedy and not ruled and row.params.logprobs is None
 
     def step(self, plan: StepPlan, logits_SV: Tensor, draft_probs: DraftProbs | None = None) -> Sampling:
         """Sample, or verify drafts, for every request of the plan that samples.
@@ -108,15 +123,8 @@ class Sampler:
         report = self._report(rows, logits_SV, tokens_RK)
 
         def read() -> SampledStep:
-            chosen_RK, *finite_S = (tensor.tolist() for tensor in fetched())
-            sampled = SampledStep.empty(plan)
-            for r, column in enumerate(rows.columns):
-                tokens = [token for token in chosen_RK[r] if token != NO_TOKEN]
-                if tokens[-1] == POISONED:
-                    row = int(rows.starts_R[r]) + len(tokens) - 1
-                    sampled.errors[column] = ALL_FORBIDDEN if finite_S and finite_S[0][row] else NOT_FINITE
-                else:
-                    sampled.token_ids[column] = tokens
+            tokens_RK, *finite_S = fetched()
+            sampled = SampledStep.of(plan, rows, tokens_RK, *finite_S)
             report(sampled)
             return sampled
 
@@ -147,7 +155,7 @@ class Sampler:
         self, slot: int, logits_SV: Tensor, targets_S: Tensor
     ) -> Callable[[], list[TokenLogprobs]]:
         """Log-probabilities of prompt tokens, given the logits that predict them; the call waits for them."""
-        num_top = int(self._num_prompt_logprobs[slot])
+        num_top = int(self._asked.prompt_S[slot])
         return reports(self._platform, score(self._ops, logits_SV, targets_S, num_top), [num_top] * len(targets_S))
 
     def _choose(
@@ -155,14 +163,13 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """The token of each row; and of each request accepted drafts, one more or ``POISONED``, then ``NO_TOKEN``."""
         params = self._table.gather(rows)
-        tokens_S = self._ops.sample(ruled_SV, params)
-        finite_S = ruled_SV.gather(1, tokens_S.unsqueeze(1)).squeeze(1).isfinite()
-        marked_S = torch.where(finite_S, tokens_S, POISONED)
+        tokens_S, marked_S = draw(self._ops, ruled_SV, params)
         if not rows.has_drafts:
             return tokens_S, marked_S.unsqueeze(1)
+        drafts = DraftRows.of(rows, rows.max_drafts, ruled_SV.device)
         if draft_probs is None or params.all_greedy:
-            return tokens_S, verify(marked_S, rows)
-        return tokens_S, verify_drawn(marked_S, rows, ruled_SV, params, draft_probs.gather(rows), self._ops)
+            return tokens_S, verify(marked_S, drafts)
+        return tokens_S, verify_drawn(marked_S, drafts, ruled_SV, params, draft_probs.gather(rows), self._ops)
 
     @staticmethod
     def _finite(logits_SV: Tensor, ruled_SV: Tensor) -> list[Tensor]:
@@ -171,13 +178,13 @@ class Sampler:
 
     def _report(self, rows: SampleRows, logits_SV: Tensor, tokens_RK: Tensor) -> Callable[[SampledStep], None]:
         """Score what was chosen for requests that asked; the call fills in their log-probabilities."""
-        asking = np.flatnonzero(self._num_logprobs[rows.slots_R] != NOT_ASKED).tolist()
+        asking = np.flatnonzero(self._asked.generated_S[rows.slots_R] != NOT_ASKED).tolist()
         if not asking:
             return _nothing
         counts = [len(rows.drafts[r]) + 1 for r in asking]
         offsets = [offset for count in counts for offset in range(count)]
         request = np.repeat(asking, counts)
-        num_top = [int(number) for number in self._num_logprobs[rows.slots_R[request]]]
+        num_top = [int(number) for number in self._asked.generated_S[rows.slots_R[request]]]
         place = self._platform.upload(torch.from_numpy(np.stack([request, offsets, rows.starts_R[request] + offsets])))
         tokens_S = tokens_RK[place[0], place[1]].clamp(min=0)  # beyond a request's last token nothing is read
         make = reports(self._platform, score(self._ops, logits_SV[place[2]], tokens_S, max(num_top)), num_top)
@@ -190,6 +197,13 @@ class Sampler:
                 sampled.logprobs[column] = mine[: len(sampled.token_ids[column])]
 
         return fill
+
+
+def draw(ops: OpTable, ruled_SV: Tensor, params: SamplingTensors) -> tuple[Tensor, Tensor]:
+    """The token of each row; and the same with ``POISONED`` where none could be chosen."""
+    tokens_S = ops.sample(ruled_SV, params)
+    finite_S = ruled_SV.gather(1, tokens_S.unsqueeze(1)).squeeze(1).isfinite()
+    return tokens_S, torch.where(finite_S, tokens_S, POISONED)
 
 
 def _sampling(plan: StepPlan) -> Sequence[int]:

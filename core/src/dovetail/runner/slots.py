@@ -183,6 +183,14 @@ class SlotTables:
             max_seq_len=max_seq_len,
         )
 
+    def targets(self, rows: StepRows, bucket: Bucket) -> Tensor:
+        """int64 ``[T]``: the token after each of a step's, as far as it is known; padded to the bucket."""
+        slots_T, next_T = self._upload(
+            _padded(rows.slots_R[rows.request_T], bucket.num_tokens, fill=self.max_num_seqs),
+            _padded(rows.positions_T + 1, bucket.num_tokens),
+        )
+        return self._tokens[slots_T, next_T]
+
     def padding_step(self, bucket: Bucket, num_logits: int) -> StepTensors:
         """A step of padding alone: what warm-up compiles and runs."""
         zeros_T, zeros_R, starts_R1, rows_S = (

@@ -64,7 +64,27 @@ class DraftProbs:
         return self.probs[torch.from_numpy(entries).to(device), torch.from_numpy(offsets).to(device)]
 
 
-def verify(tokens_S: Tensor, rows: SampleRows) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class DraftRows:
+    """The drafts of a step, on the device.
+
+    Attributes:
+        starts_R: int64 first row of each request.
+        drafts_S: int64 draft at each row, ``NO_TOKEN`` on a request's last.
+        most: of one request.
+    """
+
+    starts_R: Tensor
+    drafts_S: Tensor
+    most: int
+
+    @classmethod
+    def of(cls, rows: SampleRows, most: int, device: torch.device) -> DraftRows:
+        """Those of these rows."""
+        return cls(torch.from_numpy(rows.starts_R).to(device), torch.from_numpy(rows.drafts_S).to(device), most)
+
+
+def verify(tokens_S: Tensor, rows: DraftRows) -> Tensor:
     """Keep the drafts that ordinary sampling chooses as well.
 
     Args:
@@ -75,13 +95,12 @@ def verify(tokens_S: Tensor, rows: SampleRows) -> Tensor:
     Returns:
         int64 ``[R, 1 + most drafts]``: accepted drafts, then one token (or ``POISONED``), then ``NO_TOKEN``.
     """
-    drafts_S = torch.from_numpy(rows.drafts_S).to(tokens_S.device)
-    return _emit(rows, drafts_S, tokens_S == drafts_S, lambda ends_R: tokens_S[ends_R])
+    return _emit(rows, tokens_S == rows.drafts_S, lambda ends_R: tokens_S[ends_R])
 
 
 def verify_drawn(
     tokens_S: Tensor,
-    rows: SampleRows,
+    rows: DraftRows,
     logits_SV: Tensor,
     params: SamplingTensors,
     draft_probs_SV: Tensor,
@@ -98,7 +117,7 @@ def verify_drawn(
     Returns:
         As :func:`verify`.
     """
-    drafts_S = torch.from_numpy(rows.drafts_S).to(tokens_S.device)
+    drafts_S = rows.drafts_S
     probs_SV = ops.filter_logits(logits_SV, params).softmax(-1)
     survives_S = _survives(probs_SV, params, drafts_S, draft_probs_SV) & (tokens_S != POISONED)
     accepted_S = torch.where(params.is_greedy, tokens_S == drafts_S, survives_S & (drafts_S != NO_TOKEN))
@@ -108,13 +127,13 @@ def verify_drawn(
         ordinary_R = params.is_greedy[ends_R] | (drafts_S[ends_R] == NO_TOKEN) | (tokens_S[ends_R] == POISONED)
         return torch.where(ordinary_R, tokens_S[ends_R], recovered_R)
 
-    return _emit(rows, drafts_S, accepted_S, draw)
+    return _emit(rows, accepted_S, draw)
 
 
-def _emit(rows: SampleRows, drafts_S: Tensor, accepted_S: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
+def _emit(rows: DraftRows, accepted_S: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
     """Each request's drafts up to the first that is not accepted, and what ``draw`` puts at the row where they end."""
-    starts_R1 = torch.from_numpy(rows.starts_R).to(drafts_S.device).unsqueeze(1)
-    columns_K = torch.arange(rows.max_drafts + 1, device=drafts_S.device)
+    starts_R1, drafts_S = rows.starts_R.unsqueeze(1), rows.drafts_S
+    columns_K = torch.arange(rows.most + 1, device=drafts_S.device)
     # A request's last row has no draft and accepts nothing, so reading on into the next request does no harm.
     rows_RK = (starts_R1 + columns_K).clamp(max=len(drafts_S) - 1)
     accepted_R1 = accepted_S[rows_RK].to(torch.int64).cumprod(1).sum(1, keepdim=True)

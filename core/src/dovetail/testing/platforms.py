@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from dovetail.contracts.platform import (
     ShapePolicy,
     StepFunction,
 )
+from dovetail.tensors import leaves, replaced
 
 GIB = 1 << 30
 
@@ -91,6 +93,102 @@ class LadderPlatform(ReferencePlatform):
             return step(tensors, metadata)
 
         return checked
+
+
+class WholeShapes(LadderShapes):
+    """A ladder of steps that sample."""
+
+    whole = True
+
+
+class WholePlatform(LadderPlatform):
+    """Compiles sampling with the model, as chips need whose programs take long to compile and to reach.
+
+    What such a chip could not do fails the test: to run a step of other shapes than those of warm-up, or to reach what
+    it adopted outside of compiled steps.
+
+    Attributes:
+        num_runs: of compiled steps.
+        num_downloads: how often the host waited for results.
+    """
+
+    def __init__(self, config: PlatformConfig) -> None:
+        super().__init__(config)
+        self.num_runs = self.num_downloads = 0
+        self._is_warm = False
+
+    def shape_policy(self, max_tokens: int, max_requests: int) -> ShapePolicy:
+        """Powers of two, up to the largest step."""
+        return WholeShapes(tokens=_powers(max_tokens), requests=_powers(max_requests))
+
+    def adopt(self, value: Any) -> Any:
+        """Keep it from others."""
+        if isinstance(value, torch.nn.Module):
+            for name in ("forward", "logits"):
+                setattr(value, name, _Adopted.only_inside(getattr(value, name)))
+            return value
+        kept: dict[int, torch.Tensor] = {}
+        return replaced(value, lambda tensor: kept.setdefault(id(tensor), tensor.clone().as_subclass(_Adopted)))
+
+    def compile(self, step: StepFunction, bucket: Bucket) -> StepFunction:
+        """Wrap the step so that a wrong shape fails the test; a step's bucket is compiled once."""
+        key = (step, bucket)
+        assert key not in self.compiled, f"{bucket} compiled twice"
+        self.compiled.append(key)
+
+        def checked(*args: Any) -> Any:
+            own = (args[0], args[2:])  # metadata is the backend's
+            shapes = [(leaf.shape, leaf.dtype) for leaf in leaves(own) if isinstance(leaf, torch.Tensor)]
+            is_known = self._shapes.setdefault(key, shapes) == shapes
+            assert is_known, f"{bucket}: {self._shapes[key]} became {shapes}"
+            self.num_runs += 1
+            with _Adopted.open():
+                return step(*args)
+
+        scores_prompts = getattr(step, "__name__", "") == "_scored"
+        assert scores_prompts or not self._is_warm, f"{step} was not warmed up for {bucket}"
+        return checked
+
+    def download(self, tensors: Sequence[torch.Tensor]) -> Callable[[], Sequence[torch.Tensor]]:
+        """Count it."""
+        self.num_downloads += 1
+        return super().download(tensors)
+
+    def warmed_up(self) -> None:
+        """From now on nothing is compiled."""
+        self._is_warm = True
+
+
+class _Adopted(torch.Tensor):
+    """A tensor in memory that only compiled steps reach."""
+
+    _inside = 0
+
+    @classmethod
+    @contextmanager
+    def open(cls) -> Iterator[None]:
+        """A compiled step runs."""
+        cls._inside += 1
+        try:
+            yield
+        finally:
+            cls._inside -= 1
+
+    @classmethod
+    def only_inside(cls, run: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call, for compiled steps alone."""
+
+        def checked(*args: Any) -> Any:
+            assert cls._inside, f"{run} outside of compiled steps"
+            return run(*args)
+
+        return checked
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert cls._inside, f"{func} outside of compiled steps"
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 def _powers(size: int) -> list[int]:

@@ -15,6 +15,7 @@ from dovetail.contracts.attention import StepTensors
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Bucket, MemoryInfo, Platform, PlatformConfig, Probe, ShapePolicy
 from dovetail.errors import ConfigError
+from dovetail.tensors import leaves
 from dovetail.testing.conformance import tiny
 from dovetail.testing.conformance.small_engine import generate
 from dovetail.testing.conformance.subject import installed, registered, selection_of
@@ -318,7 +319,7 @@ class PlatformSuite(Suite):
         if policy.static:
             buckets = sorted({bucket for _, bucket in steps})
             self.equal(buckets, sorted(policy.ladder()), "buckets compiled by warm-up and 7 requests")
-            varied = {tuple(bucket): shapes for bucket, shapes in watched.seen_shapes.items() if len(shapes) > 1}
+            varied = {tuple(bucket): shapes for (_, bucket), shapes in watched.seen_shapes.items() if len(shapes) > 1}
             self.equal(varied, {}, "buckets whose steps differ in shape")
 
     # ---- shared steps
@@ -426,17 +427,16 @@ def _watched(cls: Any) -> Any:
 
     class Watched(cls):
         seen_steps: list[tuple[Any, Bucket]] = []  # noqa: RUF012  one list for the class is meant: it is made for one test
-        seen_shapes: dict[Bucket, set[Any]] = {}  # noqa: RUF012
+        seen_shapes: dict[tuple[Any, Bucket], set[Any]] = {}  # noqa: RUF012
 
         def compile(self, step: Any, bucket: Bucket) -> Any:
             self.seen_steps.append((step, bucket))
             run = super().compile(step, bucket)
 
-            def noted(tensors: StepTensors, metadata: Any) -> Any:
-                shapes = (tensors.token_ids_T.shape, tensors.seq_lens_R.shape, tensors.logits_rows_S.shape)
-                tables = tuple(table.shape for table in tensors.block_tables)
-                self.seen_shapes.setdefault(bucket, set()).add((*shapes, *tables))
-                return run(tensors, metadata)
+            def noted(tensors: Any, *others: Any) -> Any:
+                shapes = tuple(leaf.shape for leaf in leaves((tensors, others[1:])) if isinstance(leaf, Tensor))
+                self.seen_shapes.setdefault((step, bucket), set()).add(shapes)
+                return run(tensors, *others)
 
             return noted
 
