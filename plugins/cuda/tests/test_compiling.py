@@ -233,6 +233,41 @@ def test_what_is_compiled_already_is_left_out_too(compiler):
     assert out[:, 0].tolist() == [0, 0]
 
 
+def test_kernels_of_other_threads_are_launched_meanwhile(compiler):
+    """Those of an engine beside this one, which may come to new kernels at the same time."""
+    step = step_of(["a"], [])
+    mine, others = Compilers(lambda logits: None), Compilers(lambda logits: None)
+    begun, ended = threading.Event(), threading.Event()
+    before, beside = jit.JITFunction.run, []
+
+    def engine():
+        beside.append(step(REAL, [])[0].tolist())
+        begun.set()
+        with others.left_out():
+            beside.append(step(REAL, [])[0].tolist())
+            ended.wait(10)
+
+    thread = threading.Thread(target=engine)
+    with mine.left_out():
+        thread.start()
+        assert begun.wait(10)
+        assert step(REAL, [])[0].tolist() == [[0, 0, 0]]
+    ended.set()
+    thread.join()
+    assert beside == [[[1, 1, 1]], [[0, 0, 0]]]
+    assert jit.JITFunction.run is before
+
+
+def test_a_step_of_one_token_does_not_run_while_kernels_are_left_out(compiler):
+    """It would be captured as a graph before it has ever run."""
+    step, ran, compilers = step_of(["a"], []), [], Compilers(lambda logits: None)
+    smallest = CompiledAhead(step, lambda *args: (ran.append(1), step(*args))[1], compilers, is_last=True)
+    with compilers.left_out():
+        assert smallest(PADDING, [])[0].tolist() == [[0, 0, 0]]
+    assert not ran
+    assert smallest(PADDING, [])[0].tolist() == [[1, 1, 1]]
+
+
 def test_the_compiler_is_known_by_its_files(tmp_path):
     (tmp_path / "_C").mkdir()
     files = [tmp_path / "__init__.py", tmp_path / "_C" / "lib.so"]

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from inspect import getclosurevars
 from queue import Empty, SimpleQueue
-from threading import Semaphore
+from threading import Lock, Semaphore
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from dovetail_cuda.compile_worker import Job, Worker, Workers
 THREADS = 12
 AHEAD = 3
 """Kernels that this process compiles at a time while workers still import."""
+_LAUNCHING = Lock()
+"""Held while Triton's way to launch is another one: of two threads that change it, each would restore what it found."""
 
 
 class CompiledAhead:
@@ -60,7 +62,7 @@ class CompiledAhead:
             with self._compilers.left_out():
                 outputs = self._step(step, own_metadata)
                 self._compilers.follow(outputs[1])
-            if step.max_seq_len == 0 and not self._is_last:
+            if step.max_seq_len == 0 and (not self._is_last or self._compilers.is_leaving_out()):
                 return outputs
         outputs = self._run(step, metadata)
         self._has_run = True
@@ -85,18 +87,22 @@ class Compilers:
             self._then(logits_SV)
             self._then = None
 
+    def is_leaving_out(self) -> bool:
+        """Whether this thread's kernels are left out now."""
+        return active_mode.get() is self._mode
+
     @contextmanager
     def left_out(self) -> Iterator[None]:
-        """Meanwhile kernels are not launched, but compiled."""
-        if active_mode.get() is self._mode:
+        """Meanwhile this thread's kernels are not launched, but compiled."""
+        if self.is_leaving_out():
             yield
             return
-        run = JITFunction.run
 
         def only_compile(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-            return run(kernel, *args, grid=grid, warmup=True, **options)
+            return run(kernel, *args, grid=grid, warmup=warmup or self.is_leaving_out(), **options)
 
-        with self._mode, _Zeroed():
+        with self._mode, _Zeroed(), _LAUNCHING:
+            run = JITFunction.run
             JITFunction.run = only_compile
             try:
                 yield
