@@ -1,7 +1,10 @@
 """Kernels that are kept for the next start, and kernels that are compiled together, by a stand-in for the compiler."""
 
+import fcntl
 import inspect
+import io
 import os
+import resource
 import threading
 import time
 from pathlib import Path
@@ -18,7 +21,7 @@ from dovetail.contracts.platform import Bucket
 from dovetail.errors import ConfigError
 from dovetail_cuda import compile_ahead, kernel_cache, platform, sampling_ahead
 from dovetail_cuda.compile_ahead import CompiledAhead, Compilers
-from dovetail_cuda.compile_worker import Job, Workers
+from dovetail_cuda.compile_worker import DONE, Job, Worker, Workers
 from dovetail_cuda.kernel_cache import KernelCache
 from dovetail_cuda.kernels import names
 from dovetail_cuda.kernels.norm import _rms_norm_kernel
@@ -301,6 +304,8 @@ def test_a_worker_leaves_kernels_where_they_are_found(tmp_path, monkeypatch):
         return triton.compiler.ASTSource(_rms_norm_kernel, signature, places, {})
 
     src = source()
+    (tmp_path / "triton.py").write_text("raise ImportError")  # workers import none of what lies where the engine starts
+    monkeypatch.chdir(tmp_path)
     workers = Workers(tmp_path, 2)
     worker = workers.each[1]
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -344,6 +349,48 @@ def test_few_are_compiled_here_until_workers_are_ready(monkeypatch):
         for compiled in kernels:
             compiled.result()
     assert len(asked) >= 20 - 2 * compile_ahead.AHEAD
+
+
+def test_no_more_are_compiled_together_than_there_are_workers(monkeypatch):
+    """The others would be compiled here, in each other's way."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(Job, "of", lambda *about: about)
+    src, target, options = "source", "target", "options"
+    asked = []
+
+    def compile_there(job):
+        time.sleep(0.01)
+        asked.append(job)
+
+    workers = [SimpleNamespace(is_ready=lambda wait=False: True, compile=compile_there) for _ in range(2)]
+    with compile_ahead._Pool(workers) as pool:
+        for compiled in [pool.submit(lambda: (src, target, options, Kernel())[-1]) for _ in range(20)]:
+            compiled.result()
+    assert len(asked) == 20
+
+
+@pytest.fixture
+def many_files():
+    """As many as may be open."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.usefixtures("many_files")
+def test_workers_are_asked_however_many_files_are_open():
+    """More than ``select`` can name."""
+    low, answer = os.pipe()
+    answers = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 1024)
+    os.close(low)
+    worker = Worker(io.BytesIO(), os.fdopen(answers, "rb", buffering=0))
+    assert not worker.is_ready()
+    os.write(answer, DONE)
+    os.close(answer)
+    assert worker.is_ready(wait=True)
+    worker.close()
 
 
 def test_a_worker_that_died_is_no_loss(tmp_path):

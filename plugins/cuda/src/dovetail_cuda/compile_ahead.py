@@ -23,6 +23,7 @@ from dovetail.tensors import replaced
 from dovetail_cuda.compile_worker import Job, Worker, Workers
 
 THREADS = 12
+"""Where no workers compile; else there is one for each."""
 AHEAD = 3
 """Kernels that this process compiles at a time while workers still import."""
 _LAUNCHING = Lock()
@@ -146,7 +147,7 @@ class _Pool(ThreadPoolExecutor):
         for worker in workers:
             self._idle.put(worker)
         device = torch.cuda.current_device()
-        super().__init__(THREADS, "compiler", initializer=torch.cuda.set_device, initargs=(device,))
+        super().__init__(len(workers) or THREADS, "compiler", initializer=torch.cuda.set_device, initargs=(device,))
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
         """As its base."""

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from select import select
+from select import POLLIN, poll
 from typing import Any, BinaryIO, NamedTuple
 
 WORKERS = min(12, (os.cpu_count() or 1) * 3 // 4)
@@ -62,8 +62,10 @@ class Worker:
 
     def is_ready(self, wait: bool = False) -> bool:
         """Whether it has all that it imports; ``wait`` until it has, or is gone."""
-        if not self._is_ready and select([self._answers], [], [], None if wait else 0)[0]:
-            self._is_ready = self._answers.read(1) == DONE
+        if not self._is_ready:
+            said = poll()
+            said.register(self._answers, POLLIN)
+            self._is_ready = bool(said.poll(None if wait else 0)) and self._answers.read(1) == DONE
         return self._is_ready
 
     def compile(self, job: Job) -> bool:
@@ -98,7 +100,7 @@ class Workers:
         jobs, answers = [os.pipe() for _ in range(count)], [os.pipe() for _ in range(count)]
         theirs = [(job[0], answer[1]) for job, answer in zip(jobs, answers, strict=True)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, *(f"{job}:{answer}" for job, answer in theirs)],
+            [sys.executable, "-P", "-m", __name__, *(f"{job}:{answer}" for job, answer in theirs)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
