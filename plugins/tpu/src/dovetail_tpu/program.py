@@ -88,7 +88,7 @@ class Program:
             raise PluginRunError(
                 f"A step of {tuple(self._bucket)} would be compiled after warm-up, for inputs of shapes "
                 f"{[list(shape) for shape in packing.shapes]}: report it to the authors of dovetail-tpu, or pass "
-                "--enforce-eager."
+                "--eager."
             )
         _logger.warning("Compiling a step of %s that warm-up does not meet", tuple(self._bucket))
         self._may_compile = False
