@@ -114,17 +114,17 @@ def test_what_fits_is_what_the_compiler_says(config):
     assert found.weights > 9 * (1 << 20)  # of 5 million parameters in bfloat16
     assert found.cache == (32 * 2048 + 32) * 4 * 4 * 128 * 2  # contexts and the null block, 4 layers, 2 heads in lanes
     assert found.tokens is not None
-    assert found.tokens > 10**7
+    free = found.room - found.total + found.cache
+    assert abs(found.tokens - free / (4 * 4 * 128 * 2)) < 100
 
 
 @pytest.mark.slow
 @needs_compiler
 def test_what_does_not_fit_on_one_chip_does_on_several(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setitem(table.LIMITS, "max_num_seqs", 1024)
-    monkeypatch.setitem(table.LIMITS, "max_num_batched_tokens", 1024)
-    monkeypatch.setitem(table.LIMITS, "block_size", 128)
-    meshes = plan.plan(table.configuration(table.LAYER, max_model_len=4096), slice_of("v5e-8"))
+    limits = {"max_model_len": 8192, "max_num_seqs": 512, "max_num_batched_tokens": 512, "block_size": 128}
+    monkeypatch.setattr(table, "LIMITS", limits)
+    meshes = plan.plan(table.configuration(table.LAYER), slice_of("v5e-8"))
     assert [found.devices for found in meshes] == [1, 2]
     assert meshes[0].temp is None
     assert "are missing: lower --max-num-seqs" in meshes[0].fault

@@ -9,8 +9,7 @@ import torch
 
 from dovetail.config import EngineConfig
 from dovetail.contracts.executor import Executor, ExecutorInfo, Progress
-from dovetail.contracts.ops import OpTable
-from dovetail.contracts.platform import Platform, ShapePolicy
+from dovetail.contracts.platform import Platform
 from dovetail.contracts.specdec import SpecConfig, SpecDecoder
 from dovetail.errors import PluginLoadError, PluginRunError
 from dovetail.messages import StepPlan, StepResult
@@ -24,12 +23,9 @@ from dovetail.runner.load import load_selection, platform_config
 from dovetail.runner.loaded_model import LoadedModel
 from dovetail.runner.proposer import Proposer
 from dovetail.runner.runner import ModelRunner
-from dovetail.runner.sampler import Sampler
 from dovetail.runner.slots import SlotTables
-from dovetail.runner.split_step import SplitStep
 from dovetail.runner.stepped import Stepper
-from dovetail.runner.whole_sampler import WholeSampler
-from dovetail.runner.whole_step import WholeStep
+from dovetail.runner.steppers import with_sampling
 
 
 class LocalExecutor(Executor):
@@ -55,13 +51,13 @@ class LocalExecutor(Executor):
         drafter = None if config.draft is None else LoadedModel.load(config.draft, platform, ops, progress)
         groups = kv_memory.groups_of(main.facts.attention)
         tables = SlotTables(config.max_num_seqs, config.max_model_len, config.block_size, len(groups), platform)
-        with_sampling = self._with_sampling(platform, ops, shapes)
+        sampling = with_sampling(config, platform, ops, shapes)
 
         def passes(blocks: int) -> tuple[Stepper, DraftRunner | None]:
             """Over caches of that many blocks of the engine's own."""
             self._forget_passes()
             forward = main.forward_pass(groups, blocks, tables, shapes, 1 + config.num_speculative_tokens)
-            stepper = with_sampling(forward)
+            stepper = sampling(forward)
             self._passes = [stepper]
             if drafter is None:
                 return stepper, None
@@ -121,16 +117,6 @@ class LocalExecutor(Executor):
         for each in self._passes:
             each.close()
         self._passes = []
-
-    def _with_sampling(self, platform: Platform, ops: OpTable, shapes: ShapePolicy) -> Callable[[ForwardPass], Stepper]:
-        """What adds sampling to a model."""
-        config = self._config
-        if not shapes.whole:
-            sampler = Sampler(config.max_num_seqs, config.vocab_size, platform, ops)
-            return lambda forward: SplitStep(forward, sampler)
-        drafts, smallest = config.num_speculative_tokens, shapes.ladder()[-1]
-        whole = WholeSampler(config.max_num_seqs, config.vocab_size, drafts, platform, ops, smallest)
-        return lambda forward: WholeStep(platform, forward, whole)
 
     def _proposer(self, tables: SlotTables, draft: DraftRunner | None) -> Proposer | None:
         config = self._config

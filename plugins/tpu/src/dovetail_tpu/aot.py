@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,18 +23,22 @@ from jax.sharding import NamedSharding
 from torch import Tensor
 
 from dovetail.errors import ConfigError
-from dovetail_tpu.bridges.jax_bridge import JaxBridge, JaxExecutable
+from dovetail_tpu.bridges.jax_bridge import JaxBridge
 from dovetail_tpu.bridges.lifting import Lifted
 from dovetail_tpu.bridges.protocol import ChipMemory, Step
 from dovetail_tpu.bridges.transfers import jax_dtype
 from dovetail_tpu.slices import Slice
 
 _ALONE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-"""Without these, libtpu asks a server in the network which chips the host has."""
+"""Without these, libtpu lets one process at a time load it, and asks a server which chips the host has."""
+
+
+CACHE_DIMS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +47,7 @@ class Memory:
 
     Attributes:
         arguments: weights, caches and inputs.
-        alias: of them, what it changes in place: the caches.
+        alias: of them, what it changes in place: caches, and tables of the sampler.
         temp: besides, while it runs.
         code: of the program itself.
     """
@@ -59,13 +64,13 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class AotExecutable(JaxExecutable):
+class AotProgram:
     """A program that was compiled for another machine.
 
     Attributes:
         memory: of each device.
         text: in the compiler's own language, after all of its passes.
-        caches: shapes on one device of the states that it changes.
+        caches: shapes on one device of the KV caches that it changes.
     """
 
     memory: Memory
@@ -73,12 +78,24 @@ class AotExecutable(JaxExecutable):
     caches: tuple[tuple[int, ...], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Uncompiled:
+    """Stands for a program that is compiled when somebody asks."""
+
+    temp_bytes: int | None = None
+    alias_bytes: int = 0
+
+
 class AotBridge(JaxBridge):
-    """The JAX bridge to a slice that is not there.
+    """The JAX bridge to a slice that is not there. It traces what a platform wants to be compiled, and compiles what
+    somebody asks for.
 
     Args:
         target: the slice.
         devices: of it that the mesh has; all if not given.
+
+    Attributes:
+        traced: what was, in order.
 
     Raises:
         ConfigError: libtpu is not installed, or the slice has fewer devices.
@@ -91,16 +108,31 @@ class AotBridge(JaxBridge):
         if not 1 <= devices <= target.devices:
             raise ConfigError(f"{target.name} has {target.devices} devices; a mesh of {devices} does not fit on it.")
         super().__init__(topology_devices(target)[:devices])
-        self._compiled: list[AotExecutable] = []
-        self._traced: list[Lifted] = []
+        self.traced: list[Lifted] = []
         self._chip = target.chip
 
     def memory(self) -> ChipMemory:
         """Of a device that holds nothing yet."""
         return ChipMemory(total=self._chip.hbm_bytes, held=0)
 
-    def compile(self, traced: Lifted) -> AotExecutable:
-        """By libtpu.
+    def trace(self, step: Step, words: int) -> Lifted:
+        """And remember that it came next."""
+        self.traced.append(super().trace(step, words))
+        return self.traced[-1]
+
+    def compile(self, traced: Lifted) -> Uncompiled:  # type: ignore[override]  # nothing runs here
+        """Not before somebody asks."""
+        return Uncompiled()
+
+    def call(self, executable: Any, packed_W: Tensor) -> list[Array]:
+        """Nothing: only what has no results, but changes tables, is called while a model warms up."""
+        return []
+
+    def enable_cache(self, folder: Path) -> None:
+        """None: without its chip, a program cannot be read back."""
+
+    def program(self, traced: Lifted) -> AotProgram:
+        """Compile it, by libtpu.
 
         Raises:
             ConfigError: it does not fit; says what to change.
@@ -116,24 +148,11 @@ class AotBridge(JaxBridge):
             temp=counted.temp_size_in_bytes,
             code=counted.generated_code_size_in_bytes,
         )
-        caches = tuple(_on_one_device(tensor) for tensor in traced.changes)
-        made = AotExecutable(compiled, traced, memory.temp, memory.alias, memory, compiled.as_text(), caches)
-        self._compiled.append(made)
-        return made
+        return AotProgram(memory, compiled.as_text(), caches_of(traced))
 
     def held(self) -> int:
         """Bytes on each device of all that was adopted or allocated, and not dropped since."""
         return sum(math.prod(_on_one_device(tensor)) * tensor.dtype.itemsize for tensor in self._tensors.values())
-
-    def executables(self) -> list[AotExecutable]:
-        """What was compiled, in the order in which it was traced."""
-        order = {id(lifted): place for place, lifted in enumerate(self._traced)}
-        return sorted(self._compiled, key=lambda made: order[id(made.lifted)])
-
-    def trace(self, step: Step, words: int) -> Lifted:
-        """And remember that it came next."""
-        self._traced.append(super().trace(step, words))
-        return self._traced[-1]
 
     def _place(self, host: Tensor, sharding: NamedSharding) -> Any:
         return jax.ShapeDtypeStruct(tuple(host.shape), jax_dtype(host.dtype), sharding=sharding)
@@ -165,6 +184,11 @@ def topology_devices(target: Slice) -> Sequence[Any]:
         os.environ.setdefault(name, value)
     devices: Sequence[Any] = topologies.get_topology_desc(f"{target.chip.name}:{target.topology}", "tpu").devices
     return devices
+
+
+def caches_of(traced: Lifted) -> tuple[tuple[int, ...], ...]:
+    """Shapes on one device of the KV caches among what a program changes; tables of the sampler have two dimensions."""
+    return tuple(_on_one_device(tensor) for tensor in traced.changes if tensor.ndim == CACHE_DIMS)
 
 
 def _on_one_device(tensor: Any) -> tuple[int, ...]:

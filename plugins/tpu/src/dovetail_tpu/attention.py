@@ -61,8 +61,8 @@ class TpuAttention(AttentionBackend):
         self._is_interpreted = chip is None
 
     def page_bytes(self, spec: AttentionSpec) -> int:
-        """Of one chip, as the platform's memory is; with what heads are padded by."""
-        return math.prod(self._shape(spec, 1)) // self._bridge.num_devices * self._kv_dtype.itemsize
+        """On all chips together, with what heads are padded by."""
+        return math.prod(self._shape(spec, 1)) * self._kv_dtype.itemsize
 
     def allocate(self, spec: AttentionSpec, num_blocks: int) -> State:
         """One buffer for keys and values."""

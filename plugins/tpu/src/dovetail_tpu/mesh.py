@@ -210,6 +210,16 @@ def over_outputs(linear: Callable[..., Array]) -> Callable[..., Array]:
     return run
 
 
+def over_inputs(linear: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    """``linear(x_TI, weight_OI) -> [T, O]`` on each device's inputs, summed."""
+
+    def part(x_TI: Array, weight_OI: Array) -> Array:
+        out_TO = linear(x_TI, weight_OI)
+        return out_TO if devices_of_step() == 1 else jax.lax.psum(out_TO, AXIS)
+
+    return _spread(part, (FEATURES, FEATURES), WHOLE)
+
+
 def over_inner(experts: Callable[..., Array]) -> Callable[..., Array]:
     """``experts(x_TD, gate_up_EFD, down_EDF, ids_TA, weights_TA) -> [T, D]`` on each device's inner features, summed.
     Those of gate and up are in the order of a :class:`Placement`.

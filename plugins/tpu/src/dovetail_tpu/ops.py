@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dovetail_tpu import experts, gates, norms, quantized, sampling, vocabulary
+from dovetail_tpu import experts, gates, linear, norms, quantized, sampling, vocabulary
 
 
 def table() -> Mapping[str, Callable[..., Any]]:
     """Overrides for :class:`dovetail.contracts.ops.OpTable`, which are the same in each dtype."""
     return {
         "embedding": vocabulary.embedding,
+        "linear": linear.linear,
         "rms_norm": norms.rms_norm,
         "add_rms_norm": norms.add_rms_norm,
         "add_rms_norm_quantize": norms.add_rms_norm_quantize,

@@ -1,8 +1,7 @@
 """``python -m dovetail_tpu.plan --tpu SLICE MODEL``: whether a model, its context and its batch fit on a slice, and
 over how many of its devices.
 
-Nothing is loaded and no chip is there: the largest steps are compiled for the slice, and its compiler says what they
-take.
+Nothing is loaded and no chip is there: the largest step is compiled for the slice, and its compiler says what it takes.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Mesh:
         cache: bytes of as many full contexts as may run.
         room: bytes that programs may use.
         temp: bytes that the largest step takes besides; None if weights and cache alone do not fit.
-        code: bytes of the steps that were compiled, the largest and that of decodes.
+        code: bytes of all programs, none larger than that one's.
         tokens: of context that fit beside weights and step; None if it was not compiled.
         fault: why it cannot run; empty if it can.
     """
@@ -88,12 +87,12 @@ def _mesh(config: EngineConfig, target: Slice, devices: int) -> Mesh:
     mesh = Mesh(devices=devices, weights=trial.weight_bytes, cache=trial.full * trial.block_bytes, room=room)
     if mesh.total > room:
         return replace(mesh, fault=_shortage(mesh))
-    steps = {(config.max_num_seqs, config.max_num_seqs), (config.max_num_batched_tokens, config.max_num_seqs)}
+    largest = (config.max_num_batched_tokens, config.max_num_seqs)
     try:
-        programs = [program.memory for program in trial.compile(sorted(steps), trial.full)]
+        (program,) = trial.compile([largest], trial.full, ruled=True)
     except ConfigError as error:
         return replace(mesh, fault=str(error))
-    mesh = replace(mesh, temp=max(one.temp for one in programs), code=sum(one.code for one in programs))
+    mesh = replace(mesh, temp=program.memory.temp, code=trial.programs * program.memory.code)
     blocks = (room - mesh.total) // trial.block_bytes + trial.full - 1
     return replace(mesh, tokens=blocks * config.block_size, fault=_shortage(mesh) if mesh.total > room else "")
 

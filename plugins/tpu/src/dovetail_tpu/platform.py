@@ -70,7 +70,7 @@ class TpuPlatform(Platform):
         return torch.device("cpu")
 
     def memory(self) -> MemoryInfo:
-        """Of one chip, with the largest program compiled so far; or of the host, if it executes."""
+        """Of all chips together, with the largest program compiled so far; or of the host, if it executes."""
         chip = self._bridge.memory()
         if chip is None:
             total, available = machine.memory()
@@ -78,9 +78,9 @@ class TpuPlatform(Platform):
         if self._programs is not None:
             self._programs.pool.wait()
         temp = 0 if self._programs is None else self._programs.largest_temp
-        return MemoryInfo(
-            total=chip.total, available=chip.total - chip.held, dedicated=True, held=chip.held, peak=chip.held + temp
-        )
+        chips = self._bridge.num_devices
+        total, held, peak = chips * chip.total, chips * chip.held, chips * (chip.held + temp)
+        return MemoryInfo(total=total, available=total - held, dedicated=True, held=held, peak=peak)
 
     @classmethod
     def default_dtype(cls, checkpoint_dtype: torch.dtype) -> torch.dtype:

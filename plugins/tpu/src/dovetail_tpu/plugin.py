@@ -11,6 +11,7 @@ KV_DTYPES = ("auto", "float8_e4m3fn")
 OPS = frozenset(
     {
         "embedding",
+        "linear",
         "rms_norm",
         "add_rms_norm",
         "add_rms_norm_quantize",

@@ -18,7 +18,7 @@ from dovetail.options import EngineOptions
 from dovetail.plugins.host import PluginHost
 from dovetail.resolver import resolve
 from dovetail_tpu import hlo
-from dovetail_tpu.aot import AotExecutable
+from dovetail_tpu.aot import AotProgram
 from dovetail_tpu.kernels.chip import CHIPS
 from dovetail_tpu.slices import COUNTED, SLICES
 from dovetail_tpu.trial import Trial
@@ -47,7 +47,8 @@ DEVICES = (1, 4)
 STEPS = MappingProxyType({"decode": 32, "mixed": 512})
 """Tokens of each step; there are 32 requests."""
 LIMITS: dict[str, Any] = {"max_model_len": 2048, "max_num_seqs": 32, "max_num_batched_tokens": 512, "block_size": 32}
-BLOCKS = 1024
+BLOCKS = 8192
+"""So large that no compiler takes a cache for something to bring near."""
 HEAD = ("chip", "devices", "model", "step", "arguments", "KV in place", "temporary", "code", "of", "collectives")
 NOTICE = "<!-- Written by `make tpu-table` from what libtpu says. Do not edit. -->\n"
 
@@ -75,11 +76,11 @@ def configuration(model: str, **options: Any) -> EngineConfig:
         return resolve(asked, PluginHost().discover().registries)
 
 
-def compiled(case: Case) -> list[AotExecutable]:
+def compiled(case: Case, *, ruled: bool = False) -> list[AotProgram]:
     """The programs of one case, one per step."""
     target = SLICES[f"{case.chip}-{4 * COUNTED[case.chip]}"]
     trial = Trial(configuration(case.model), target, case.devices)
-    return trial.compile([(tokens, LIMITS["max_num_seqs"]) for tokens in STEPS.values()], BLOCKS)
+    return trial.compile([(tokens, LIMITS["max_num_seqs"]) for tokens in STEPS.values()], BLOCKS, ruled=ruled)
 
 
 def rows() -> Iterator[tuple[str, ...]]:

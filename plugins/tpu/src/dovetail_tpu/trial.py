@@ -13,11 +13,12 @@ from dovetail.contracts.ops import OpTable
 from dovetail.contracts.quant import TensorSpec
 from dovetail.runner import kv_memory
 from dovetail.runner.dummy_weights import fill
-from dovetail.runner.forward import ForwardPass
 from dovetail.runner.load import load_selection, platform_config
 from dovetail.runner.loaded_model import LoadedModel, unfilled
 from dovetail.runner.slots import SlotTables
-from dovetail_tpu.aot import AotBridge, AotExecutable
+from dovetail.runner.stepped import Stepper
+from dovetail.runner.steppers import with_sampling
+from dovetail_tpu.aot import AotBridge, AotProgram, caches_of
 from dovetail_tpu.platform import TpuPlatform
 from dovetail_tpu.slices import Slice
 
@@ -34,6 +35,7 @@ class Trial:
         block_bytes: of a block of the cache, on each device.
         weight_bytes: of weights and tables, on each device.
         full: blocks of as many full contexts as may run.
+        programs: that an engine compiles.
 
     Raises:
         ConfigError: the model does not divide evenly, or something of it exceeds what the chip has.
@@ -56,33 +58,40 @@ class Trial:
         )
         facts = type(model).facts(config.hf_config)
         loaded = LoadedModel(config, platform, facts, platform.adopt(model), backend)
-        self.weight_bytes = self._bridge.held()
         groups = kv_memory.groups_of(facts.attention)
         self.full = config.max_num_seqs * kv_memory.blocks_per_request(config, groups) + 1
-        self.block_bytes = loaded.block_bytes(groups)
+        self.block_bytes = loaded.block_bytes(groups) // self._bridge.num_devices
         tables = SlotTables(config.max_num_seqs, config.max_model_len, config.block_size, len(groups), platform)
         shapes = platform.shape_policy(config.max_num_batched_tokens, config.max_num_seqs)
+        self.programs = 2 * len(shapes.ladder()) + 1
+        sampling = with_sampling(config, platform, ops, shapes)
         drafts = config.num_speculative_tokens
 
-        def forward(blocks: int) -> ForwardPass:
-            return loaded.forward_pass(groups, blocks, tables, shapes, 1 + drafts)
+        def stepper(blocks: int) -> Stepper:
+            return sampling(loaded.forward_pass(groups, blocks, tables, shapes, 1 + drafts))
 
-        self._pass_over = forward
+        self._stepper = stepper
+        self.weight_bytes = self._bridge.held()
 
-    def compile(self, steps: Sequence[tuple[int, int]], blocks: int) -> list[AotExecutable]:
+    def compile(self, steps: Sequence[tuple[int, int]], blocks: int, *, ruled: bool = False) -> list[AotProgram]:
         """The programs in which steps of so many tokens of so many requests run, in order.
 
         Args:
             blocks: of the cache.
+            ruled: those in which a request has rules, such as penalties, or wants log-probabilities.
 
         Raises:
             ConfigError: one does not fit; says what to change.
         """
-        forward = self._pass_over(blocks)
+        stepper = self._stepper(blocks)
+        programs = []
         for tokens, requests in steps:
-            forward.warm_up(forward.bucket(tokens, requests))
-        self._platform.warmed_up()
-        return self._bridge.executables()
+            before = len(self._bridge.traced)
+            stepper.warm_up(stepper.forward.bucket(tokens, requests))
+            plain, *others = [traced for traced in self._bridge.traced[before:] if caches_of(traced)]
+            programs.append(self._bridge.program(others[-1] if ruled else plain))
+        stepper.close()
+        return programs
 
 
 def _shape_only(spec: TensorSpec, device: torch.device) -> Tensor:

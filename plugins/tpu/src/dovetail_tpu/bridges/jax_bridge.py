@@ -18,6 +18,7 @@ from jax import Array
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dovetail.errors import ConfigError
 from dovetail_tpu.bridges.lifting import Lifted, lift
@@ -48,6 +49,7 @@ class JaxBridge:
         self.mesh = tp_mesh(devices)
         self._env = TracingEnvironment()
         self._tensors: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+        self._specs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._count = 0
         self._is_tracing = False
         self._first = devices[0]
@@ -73,7 +75,14 @@ class JaxBridge:
 
     def adopt(self, host: Tensor, spec: Spec = ()) -> Tensor:
         """An array on the chips, wrapped."""
-        return self._known(self._place(host, self._sharding(spec)))
+        tensor = self._known(self._place(host, self._sharding(spec)))
+        self._specs[tensor] = spec
+        return tensor
+
+    def spec_of(self, tensor: Any) -> Spec:
+        """As it was adopted."""
+        spec: Spec = self._specs[tensor] if isinstance(tensor, Tensor) and tensor in self._specs else ()
+        return spec
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, spec: Spec = ()) -> State:
         """An array of zeros, wrapped."""
@@ -114,7 +123,7 @@ class JaxBridge:
 
     def lowered(self, traced: Lifted) -> Any:
         """In the compiler's input language. States stay where they are."""
-        reads, changes = traced.arrays()
+        reads, changes = traced.shapes
         packed = jax.ShapeDtypeStruct((traced.words,), jnp.int32, sharding=self._sharding(()))
         homes = None if self.num_devices == 1 else ([array.sharding for array in changes], None)
         jitted = jax.jit(traced.function, donate_argnums=2, out_shardings=homes)

@@ -30,6 +30,7 @@ class Lifted:
         constants: arrays that the step holds and that no tensor wraps.
         reads: tensors whose arrays it reads.
         changes: tensors whose arrays it replaces. They are to be donated.
+        shapes: of the arrays in both, with shardings. Unlike these, they can be read while another step is traced.
         words: size of ``packed_W``, which is int32.
     """
 
@@ -37,6 +38,7 @@ class Lifted:
     constants: Sequence[Array]
     reads: Sequence[Tensor]
     changes: Sequence[Tensor]
+    shapes: tuple[list[Any], list[Any]]
     words: int
 
     def arrays(self) -> tuple[list[Array], list[Array]]:
@@ -70,10 +72,16 @@ def lift(step: Step, words: int, tensors: Sequence[Tensor], env: TracingEnvironm
         closed, shapes = jax.make_jaxpr(body, return_shape=True)(before, packed)
     finally:
         env.constants.clear()
-    return _pruned(closed, jax.tree.structure(shapes), tensors, changed)
+    return _pruned(closed, jax.tree.structure(shapes), tensors, changed, [_shape_of(array) for array in before])
 
 
-def _pruned(closed: Any, results: Any, tensors: Sequence[Tensor], changed: Sequence[int]) -> Lifted:
+def _shape_of(array: Any) -> Any:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def _pruned(
+    closed: Any, results: Any, tensors: Sequence[Tensor], changed: Sequence[int], shapes: Sequence[Any]
+) -> Lifted:
     """The traced program without the inputs that it does not use."""
     *inputs, packed = closed.jaxpr.invars
     used = {id(var) for eqn in closed.jaxpr.eqns for var in eqn.invars} | {id(var) for var in closed.jaxpr.outvars}
@@ -92,6 +100,7 @@ def _pruned(closed: Any, results: Any, tensors: Sequence[Tensor], changed: Seque
         constants=closed.consts,
         reads=[tensors[i] for i in read],
         changes=[tensors[i] for i in changed],
+        shapes=([shapes[i] for i in read], [shapes[i] for i in changed]),
         words=packed.aval.size,
     )
 

@@ -87,6 +87,10 @@ class Bridge(Protocol):
         """
         ...
 
+    def spec_of(self, tensor: Any) -> Spec:
+        """How an adopted tensor is split; the empty one for anything else."""
+        ...
+
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, spec: Spec = ()) -> State:
         """A state full of zeros. It is freed with the last reference."""
         ...

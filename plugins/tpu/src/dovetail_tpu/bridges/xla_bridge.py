@@ -72,6 +72,10 @@ class XlaBridge:
         self._buffers[next(self._numbers)] = tensor
         return tensor
 
+    def spec_of(self, tensor: Any) -> Spec:
+        """Nothing is split."""
+        return ()
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, spec: Spec = ()) -> State:
