@@ -66,6 +66,9 @@ class ShapesOnly:
     def shape_policy(self, max_tokens, max_requests):
         return GraphShapes(max_tokens, max_requests, every_size=False)
 
+    def adopt(self, value):
+        return value
+
     def upload(self, host):
         return torch.empty_like(host, device=META)
 
