@@ -131,6 +131,17 @@ def test_negative_numbers_are_shifted_and_not_divided(bridge):
         assert torch.equal(found, expected)
 
 
+def test_integers_are_multiplied_on_the_chip(bridge):
+    def products(numbers):
+        return [numbers.cumprod(0), numbers.reshape(2, 2).cumprod(1), (numbers > 1).long().cumprod(-1)]
+
+    numbers = words(3, -2, 5, 7)
+    program = bridge.trace(products, 4)
+    for found, expected in zip(run(bridge, program, *numbers), products(numbers), strict=True):
+        assert torch.equal(found, expected)
+        assert found.dtype == expected.dtype
+
+
 @pytest.mark.parametrize(
     ("step", "says"),
     [

@@ -21,9 +21,9 @@ from torch import Tensor
 from dovetail.errors import ConfigError
 from dovetail_tpu.bridges import jax_op
 from dovetail_tpu.bridges.capture import XLAC, Buffer, CapturedProgram, Started, capture
+from dovetail_tpu.bridges.corrections import Corrections
 from dovetail_tpu.bridges.host_constants import HostConstants
 from dovetail_tpu.bridges.protocol import ChipMemory, Kernel, Spec, State, Step
-from dovetail_tpu.bridges.shifts import Shifts
 
 CACHE = "XLA_PERSISTENT_CACHE_PATH"
 """Where torch_xla remembers its folder."""
@@ -105,7 +105,7 @@ class XlaBridge:
         """Trace and compile: torch_xla compiles what it has traced last."""
 
         def body(packed_W: Tensor) -> Sequence[Tensor]:
-            with HostConstants(self._device), Shifts(self._device, self.device_kind):
+            with HostConstants(self._device), Corrections(self._device, self.device_kind):
                 return step(packed_W)
 
         self._is_tracing = True
