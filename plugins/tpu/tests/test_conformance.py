@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import msgspec
 import pytest
 
@@ -15,6 +16,7 @@ from dovetail.testing.conformance import (
     unregistered,
 )
 from dovetail_tpu import bridges
+from dovetail_tpu.bridges import jax_bridge
 from dovetail_tpu.platform import TpuPlatform
 
 EXECUTOR = ExecutorManifest(
@@ -30,9 +32,12 @@ EXECUTOR = ExecutorManifest(
 
 
 @pytest.fixture(autouse=True)
-def bridge():
-    """Backends run on the bridge that a platform has opened."""
-    bridges.open_bridge()
+def bridge(tmp_path_factory):
+    """Backends run on the bridge that a platform has opened. Programs that several tests have are compiled once."""
+    bridges.open_bridge().enable_cache(tmp_path_factory.getbasetemp() / "programs")
+    yield
+    jax_bridge._jitted.cache_clear()
+    jax.clear_caches()  # a process has room for so many programs of the host
 
 
 class TestPlatform(PlatformSuite):

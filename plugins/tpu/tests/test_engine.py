@@ -16,6 +16,7 @@ import pytest
 from msgspec.structs import replace
 
 from dovetail import LLM, SamplingParams
+from dovetail.runner.executor import LocalExecutor
 from dovetail_tpu import bridges
 from dovetail_tpu.bridges.jax_bridge import JaxBridge
 from dovetail_tpu.bridges.protocol import State
@@ -109,6 +110,18 @@ def test_all_of_the_cache_is_changed_in_place(gather, seen):
     for program in steps:
         assert caches <= {id(tensor) for tensor in program.lifted.changes}
         assert program.alias_bytes == sum(tensor.jax().nbytes for tensor in program.lifted.changes)
+
+
+@pytest.mark.parametrize("name", WISHES)
+def test_a_step_takes_one_round_trip(gather, monkeypatch, name):
+    bridge, plans, trips, strays = bridges.current(), [], [], []
+    submit, to_host = LocalExecutor.submit, bridge.to_host
+    monkeypatch.setattr(LocalExecutor, "submit", lambda *given: plans.append(1) or submit(*given))
+    monkeypatch.setattr(bridge, "to_host", lambda results: trips.extend([1] * bool(results)) or to_host(results))
+    monkeypatch.setattr(bridge, "apply", lambda *given, **more: strays.append(given[0]))
+    tokens(gather, WISHES[name])
+    assert len(trips) == len(plans) > 20
+    assert not strays
 
 
 def test_nothing_is_compiled_in_200_random_steps(gather, monkeypatch):

@@ -18,6 +18,7 @@ class TpuShapes(ShapePolicy):
     """
 
     static = True
+    whole = True
 
     def __init__(self, max_tokens: int, max_requests: int) -> None:
         self._tokens = [FEWEST_TOKENS]
