@@ -16,7 +16,6 @@ from dovetail.testing.conformance import (
     unregistered,
 )
 from dovetail_tpu import bridges
-from dovetail_tpu.bridges import jax_bridge
 from dovetail_tpu.platform import TpuPlatform
 
 EXECUTOR = ExecutorManifest(
@@ -34,9 +33,13 @@ EXECUTOR = ExecutorManifest(
 @pytest.fixture(autouse=True)
 def bridge(tmp_path_factory):
     """Backends run on the bridge that a platform has opened. Programs that several tests have are compiled once."""
-    bridges.open_bridge().enable_cache(tmp_path_factory.getbasetemp() / "programs")
+    opened = bridges.open_bridge()
+    opened.enable_cache(tmp_path_factory.getbasetemp() / "programs")
     yield
-    jax_bridge._jitted.cache_clear()
+    if opened.name == "jax":
+        from dovetail_tpu.bridges import jax_bridge  # torchax is not there for the other
+
+        jax_bridge._jitted.cache_clear()
     jax.clear_caches()  # a process has room for so many programs of the host
 
 
