@@ -41,7 +41,8 @@ def test_tiles_fit_vector_memory(chip, columns):
                 )
                 tiles = product_tiles(chip, shape)
                 assert product_vmem(tiles, shape) <= chip.vmem_bytes * NAMED_SHARE
-                assert tiles.columns % LANES == 0 and tiles.columns <= MOST_COLUMNS
+                assert tiles.columns % LANES == 0
+                assert tiles.columns <= MOST_COLUMNS
                 assert group >= columns or tiles.columns % group == 0
                 assert tiles.outputs % LANES == 0
                 assert tiles.rows == rows or tiles.rows % FEWEST_ROWS == 0

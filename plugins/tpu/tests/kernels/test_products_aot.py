@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from importlib.util import find_spec
 
 import jax
@@ -11,8 +13,12 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dovetail_tpu.experts import mixture
 from dovetail_tpu.kernels.chip import CHIPS, Chip
-from dovetail_tpu.kernels.quantized_matmul import Weight, quantized_matmul, scales_by_step
+from dovetail_tpu.kernels.grouped_matmul import grouped_matmul
+from dovetail_tpu.kernels.product_tiles import groups_by_step
+from dovetail_tpu.kernels.quantized_matmul import Weight, quantized_matmul
+from dovetail_tpu.kernels.rms_norm import reads_once, rms_norm
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,33 +50,84 @@ def compile_on(chip: Chip, function, *arrays):
         return jax.jit(function).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
 
 
-def compile_product(chip: Chip, weight: str, size: str, dtype=jnp.bfloat16):
-    codes_dtype, group, quantized = WEIGHTS[weight]
-    rows, inputs, outputs = SIZES[size]
+def arrays_of(name: str, rows: int, inputs: int, outputs: int, experts: int = 1):
+    """Shapes and dtypes of rows, their scales, codes, scales and zero points; and the group."""
+    codes_dtype, group, quantized = WEIGHTS[name]
+    group = group or inputs
     parts = 2 if codes_dtype == jnp.uint8 else 1
-    columns, groups = inputs // parts, -(-inputs // (group or inputs))
-    scale = jax.eval_shape(
-        lambda scale: scales_by_step(scale, columns, (group or inputs) // parts),
-        jax.ShapeDtypeStruct((1, outputs, groups), jnp.float32),
-    )
-
-    def function(x_TI, x_scale_TG, codes, scale, zero):
-        weight = Weight(codes, scale, zero, group or inputs)
-        return quantized_matmul(x_TI, weight, x_scale_TG, out_dtype=dtype, chip=chip)
-
-    return compile_on(
-        chip,
-        function,
-        ((rows, inputs), codes_dtype if quantized else dtype),
+    columns, groups = inputs // parts, -(-inputs // group)
+    steps, per_step = groups_by_step(columns, group // parts)
+    scale = (experts, steps, per_step, outputs), jnp.float32
+    arrays = [
+        ((rows, inputs), codes_dtype if quantized else jnp.bfloat16),
         ((rows, groups), jnp.float32) if quantized else None,
-        ((1, outputs, columns), codes_dtype),
-        (scale.shape, scale.dtype),
-        (scale.shape, scale.dtype) if parts == 2 else None,
-    )
+        ((experts, outputs, columns), codes_dtype),
+        scale,
+        scale if parts == 2 else None,
+    ]
+    return arrays, group
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("weight", WEIGHTS)
-def test_products_compile(chip, weight, size):
-    assert compile_product(chip, weight, size).as_text().count("quantized_matmul")
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_products_compile(chip, name, size):
+    arrays, group = arrays_of(name, *SIZES[size])
+
+    def function(x_TI, x_scale_TG, codes, scale, zero):
+        weight = Weight(codes, scale, zero, group)
+        return quantized_matmul(x_TI, weight, x_scale_TG, out_dtype=jnp.bfloat16, chip=chip)
+
+    compiled = compile_on(chip, function, *arrays)
+    assert compiled.as_text().count("quantized_matmul")
+    if size == "decodes":  # nothing of the weight's size is made
+        assert compiled.memory_analysis().temp_size_in_bytes < math.prod(arrays[2][0]) / 16
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+@pytest.mark.parametrize("rows", [16, 1024])
+@pytest.mark.parametrize("name", ["int8", "fp8 in blocks", "pairs"])
+def test_products_of_quantized_experts_compile(chip, rows, name):
+    arrays, group = arrays_of(name, rows, 4096, 14336, experts=8)
+
+    def function(x_NI, x_scale_NG, codes, scale, zero, starts_E1):
+        weight = Weight(codes, scale, zero, group)
+        return grouped_matmul(x_NI, weight, starts_E1, x_scale_NG, out_dtype=jnp.bfloat16, chip=chip)
+
+    compiled = compile_on(chip, function, *arrays, ((9,), jnp.int32))
+    assert compiled.as_text().count("quantized_matmul")
+    assert compiled.memory_analysis().temp_size_in_bytes < math.prod(arrays[2][0])
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+@pytest.mark.parametrize("tokens", [16, 512])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_mixtures_compile(chip, tokens, dtype):
+    stack = (8, 2 * 7168, 4096), (8, 4096, 7168)
+    compiled = compile_on(
+        chip,
+        functools.partial(mixture, chip=chip),
+        ((tokens, 4096), dtype),
+        *((shape, dtype) for shape in stack),
+        ((tokens, 2), jnp.int64),
+        ((tokens, 2), jnp.float32),
+    )
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    assert compiled.memory_analysis().temp_size_in_bytes < math.prod(stack[1]) * jnp.dtype(dtype).itemsize
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+@pytest.mark.parametrize(("dtype", "group"), [(None, None), ("int8", None), ("float8_e4m3fn", 128)])
+def test_norms_compile(chip, dtype, group):
+    tokens, width = 8192, 4096
+    assert reads_once(chip, tokens, width, 2, group)
+
+    def function(x_TD, weight_D, residual_TD):
+        out = rms_norm(x_TD, weight_D, residual_TD, eps=1e-6, dtype=dtype, group=group, chip=chip)
+        return [array for array in out if array is not None]
+
+    rows = (tokens, width), jnp.bfloat16
+    compiled = compile_on(chip, function, rows, ((width,), jnp.bfloat16), rows)
+    assert compiled.as_text().count("rms_norm")
+    # nothing goes to HBM in between; but a program of the kernel alone may return its rows in another layout
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * tokens * width * 2
