@@ -7,10 +7,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
 
 from dovetail.contracts.attention import AttentionSpec
+from dovetail.contracts.model import ModelContext
+from dovetail.contracts.ops import OpTable
 from dovetail.errors import ConfigError
-from dovetail_tpu.mesh import AXIS, check_heads, kv_shape, spec_of
+from dovetail.layers.attention import SelfAttention
+from dovetail.layers.linear import Unquantized
+from dovetail.layers.mlp import GatedMLP
+from dovetail_tpu.mesh import AXIS, Placement, check_heads, kv_shape, spec_of
 
 ON_HEADS = """
 import jax, jax.numpy as jnp, numpy as np, functools, sys
@@ -99,6 +106,28 @@ def test_kernels_on_several_devices_compute_what_one_does(devices, kv_heads):
 def test_weights_are_split_by_the_role_of_their_layer(path, shape, spec):
     assert spec_of(path, shape, devices=4) == spec
     assert spec_of(path, shape, devices=1) == ()
+
+
+def test_outputs_of_merged_layers_are_ordered_by_device():
+    context = ModelContext(
+        ops=OpTable(), dtype=torch.float32, device=torch.device("meta"), quant=Unquantized(), max_model_len=8
+    )
+    spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_size=2, scale=1.0)
+    model = nn.Module()
+    model.attn = SelfAttention(context, "attn", 0, spec, 6, torch.empty(8, 2))
+    model.mlp = GatedMLP(context, "mlp", 6, 4)
+    placement = Placement(model, 4)
+    rows, spec = placement.of("attn.qkv_proj._packed", torch.arange(16)[:, None].expand(16, 6))
+    by_device = [[0, 1, 8, 9, 12, 13], [2, 3, 8, 9, 12, 13], [4, 5, 10, 11, 14, 15], [6, 7, 10, 11, 14, 15]]
+    assert rows[:, 0].view(4, 6).tolist() == by_device
+    assert spec == (AXIS, None)
+    assert placement.of("attn.qkv_proj._bias_O", torch.arange(16))[0].view(4, 6).tolist() == by_device
+    rows, _ = placement.of("mlp.gate_up_proj._packed", torch.arange(8)[:, None].expand(8, 6))
+    assert rows[:, 0].view(4, 2).tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    unordered = torch.empty(6, 8)
+    assert placement.of("attn.o_proj._packed", unordered)[0] is unordered
+    with pytest.raises(ConfigError, match="4 inner features do not divide evenly among 3 devices"):
+        Placement(model.mlp, 3)
 
 
 def test_a_cache_has_tiled_rows_on_every_device():

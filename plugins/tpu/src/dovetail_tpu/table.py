@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -83,10 +83,10 @@ def compiled(case: Case, *, ruled: bool = False) -> list[AotProgram]:
     return trial.compile([(tokens, LIMITS["max_num_seqs"]) for tokens in STEPS.values()], BLOCKS, ruled=ruled)
 
 
-def rows() -> Iterator[tuple[str, ...]]:
+def rows(programs_of: Callable[[Case], Sequence[AotProgram]] = compiled) -> Iterator[tuple[str, ...]]:
     """Of the table, each when it is compiled."""
     for case in CASES:
-        for step, program in zip(STEPS, compiled(case), strict=True):
+        for step, program in zip(STEPS, programs_of(case), strict=True):
             memory = program.memory
             counts = ", ".join(f"{count} {kind}" for kind, count in sorted(hlo.collectives(program.text).items()))
             sizes = (memory.arguments, memory.alias, memory.temp, memory.code, CHIPS[case.chip].hbm_bytes)
