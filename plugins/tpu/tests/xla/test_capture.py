@@ -142,6 +142,18 @@ def test_integers_are_multiplied_on_the_chip(bridge):
         assert found.dtype == expected.dtype
 
 
+def test_rows_are_sorted_and_put_back_on_the_chip(bridge):
+    def there_and_back(numbers):
+        ordered, order = numbers.long().sort(stable=True)
+        starts = torch.searchsorted(ordered, torch.arange(5, device=ordered.device))
+        rows = ordered.float().unsqueeze(1) + torch.zeros(4, 3, device=ordered.device)
+        return [starts, torch.empty_like(rows).index_copy_(0, order, rows)]
+
+    starts, rows = run(bridge, bridge.trace(there_and_back, 4), *words(3, 0, 3, 1))
+    assert starts.tolist() == [0, 1, 2, 2, 4]
+    assert rows.tolist() == [[n] * 3 for n in (3, 0, 3, 1)]
+
+
 @pytest.mark.parametrize(
     ("step", "says"),
     [

@@ -13,7 +13,7 @@ from dovetail_tpu import bridges
 
 DEMO = str(files("dovetail_models") / "checkpoints/fable-4m")
 MODELS = Path(os.environ.get("DOVETAIL_TEST_MODELS", "/nonexistent"))
-LARGER = ("fable-4m", "fable-30m", "fable-moe")
+LARGER = ("fable-30m", "fable-moe")
 LIMITS = {
     "dtype": "float32",
     "max_model_len": 128,
@@ -96,12 +96,14 @@ def test_nothing_is_compiled_in_200_random_steps(engine, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_tokens_by_the_kernel_are_those_of_the_cpu(cpu):
     assert all_tokens(**TPU) == cpu
 
 
 @pytest.mark.slow
 @pytest.mark.shared
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", LARGER)
 def test_tokens_of_larger_models_are_those_of_the_cpu(name):
     path = MODELS / name
