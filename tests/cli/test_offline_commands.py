@@ -152,3 +152,17 @@ def test_bench_throughput(plain, capsys):
     numbers = json.loads(capsys.readouterr().out)
     assert (numbers["requests"], numbers["input_tokens"], numbers["output_tokens"]) == (6, 30, 18)
     assert numbers["total_tokens_per_second"] == pytest.approx(48 / numbers["seconds"])
+
+
+def test_warmup_ends_with_what_is_kept(plain, capsys, tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path / "elsewhere"))
+    assert run(["warmup", *plain, "--export-cache", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "is warmed up on plain after" in lines[0]
+    assert lines[1:] == [f"There was nothing to keep in {folder}."], "this platform compiles nothing"
+
+
+def test_warmup_has_one_folder(capsys, tmp_path):
+    assert run(["warmup", "--export-cache", str(tmp_path), "--compile-cache", "other"]) == 2
+    assert "--export-cache is" in capsys.readouterr().err

@@ -30,6 +30,7 @@ COMMANDS = {
     "serve": ["config", *ENGINE, *SERVER],
     "chat": ["url", "api_key", "model", "system", *SAMPLING],
     "generate": [*RUN, "prompts", "file", "n", *SAMPLING, "as_json"],
+    "warmup": [*RUN, "export_cache"],
     "plugins": ["as_json"],
     "explain": [*RUN, "as_json"],
     "conformance": names("plugin kinds names form output"),

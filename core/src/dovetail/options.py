@@ -76,7 +76,10 @@ class EngineOptions:
     seed: int = option(0, "Seed of requests that bring none.")
     platform: str = option("auto", "Platform plugin; auto takes the highest priority that is available here.")
     platform_config: Mapping[str, Any] | None = option(
-        None, "The platform's own options as JSON; its page says which it has.", metavar="JSON"
+        None,
+        "The platform's own options as JSON; its page says which it has. On the command line also one by one, as "
+        "--<platform>-<name> VALUE.",
+        metavar="JSON",
     )
     compile_cache: str | None = option(
         None,

@@ -1,15 +1,20 @@
 """Options made from the dataclasses: flags, the YAML file, the environment, and who wins."""
 
 import dataclasses
+import json
+from types import SimpleNamespace
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from dovetail.cli import options as cli_options
+from dovetail.cli import section_options
 from dovetail.cli.main import cli
 from dovetail.errors import ConfigError
 from dovetail.options import EngineOptions, ServerOptions, arguments, flag, kinds
+from dovetail.plugins.manifest import PlatformManifest
+from dovetail.plugins.registry import Entry, Registry
 
 
 def collect(*arguments, config=None, tmp_path=None, classes=(EngineOptions, ServerOptions), env=None):
@@ -227,3 +232,78 @@ def test_help_shows_defaults_and_choices():
     assert "Most requests computed in one step. [default: 64]" in shown
     assert "--enable-prefix-caching / --no-enable-prefix-caching" in shown
     assert "[default: None]" not in shown
+
+
+@pytest.fixture
+def platforms(monkeypatch):
+    """One platform with options of its own, and one without."""
+    manifests = {
+        "abacus": {"beads": 10, "colour": "red", "wire": 0.5, "fast": False, "frame": {}},
+        "plain": {},
+    }
+    registered: Registry[PlatformManifest] = Registry(kind="platform")
+    for name, defaults in manifests.items():
+        manifest = PlatformManifest(
+            name=name, summary="", device_type="cpu", dtypes=("float32",), attention=("a",), defaults=defaults
+        )
+        entry = Entry(manifest=manifest, target="module:Class", plugin=name, distribution="tests", version="0")
+        registered.add(entry)
+    found = SimpleNamespace(registries=SimpleNamespace(platforms=registered))
+    monkeypatch.setattr(section_options.PluginHost, "discover", lambda self: found)
+
+
+def given(*arguments):
+    @click.command(cls=section_options.EngineCommand)
+    @cli_options.with_options(EngineOptions)
+    def command(options):
+        click.echo(json.dumps([options.platform, options.platform_config and dict(options.platform_config)]))
+
+    return CliRunner().invoke(command, arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), ["auto", None]),
+        (("--abacus-beads", "7"), ["abacus", {"beads": 7}]),
+        (("--abacus-colour=blue", "--platform", "abacus"), ["abacus", {"colour": "blue"}]),
+        (("--abacus-wire", "2", "--abacus-fast"), ["abacus", {"wire": 2.0, "fast": True}]),
+        (("--abacus-frame", '{"of": "oak"}'), ["abacus", {"frame": {"of": "oak"}}]),
+        (
+            ("--platform-config", '{"beads": 1, "wire": 3}', "--no-abacus-fast", "--abacus-beads", "2"),
+            ["abacus", {"beads": 2, "wire": 3, "fast": False}],
+        ),
+    ],
+)
+def test_options_of_a_platform_are_options(platforms, arguments, expected):
+    result = given(*arguments)
+    assert json.loads(result.output) == expected, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--abacus-bead", "7"), "--abacus-beads"),
+        (("--abacus-beads", "many"), "'many' is not a valid integer"),
+        (("--abacus-frame", "{"), "'{' is not JSON"),
+    ],
+)
+def test_wrong_options_of_a_platform(platforms, arguments, message):
+    result = given(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_options_of_another_platform_than_the_one_asked_for(platforms):
+    error = given("--abacus-beads", "7", "--platform", "plain").exception
+    assert isinstance(error, ConfigError)
+    assert "--abacus-beads is an option of platform 'abacus', and the platform is 'plain'" in str(error)
+
+
+def test_help_shows_the_options_of_platforms(platforms):
+    assert "--no-abacus-fast" in given("--help").output
+
+
+def test_plugins_are_discovered_only_for_options_that_are_not_known(monkeypatch):
+    monkeypatch.setattr(section_options.PluginHost, "discover", lambda self: pytest.fail("discovered"))
+    assert json.loads(given("--dtype", "float32", "--no-eager", "some/model").output) == ["auto", None]

@@ -12,6 +12,7 @@ import msgspec
 
 from dovetail.cli import log
 from dovetail.cli.options import engine_command, json_option
+from dovetail.cli.section_options import EngineCommand
 from dovetail.options import EngineOptions
 from dovetail.plugins.host import PluginHost
 
@@ -35,7 +36,7 @@ _SHOWN = (
 )
 
 
-@click.command()
+@click.command(cls=EngineCommand)
 @engine_command
 @json_option
 def explain(engine: EngineOptions, log_level: str, as_json: bool) -> int:

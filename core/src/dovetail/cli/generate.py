@@ -12,6 +12,7 @@ import msgspec
 
 from dovetail.cli import log, sampling
 from dovetail.cli.options import as_arguments, engine_command, json_option
+from dovetail.cli.section_options import EngineCommand
 from dovetail.errors import ConfigError
 from dovetail.options import EngineOptions
 from dovetail.sampling_params import SamplingParams
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from dovetail import LLM, RequestOutput
 
 
-@click.command()
+@click.command(cls=EngineCommand)
 @engine_command
 @click.option(
     "-p", "--prompt", "prompts", multiple=True, help="Text to continue; may be given several times."

@@ -23,6 +23,7 @@ COMMANDS = {
         "dovetail.cli.bench.group:bench",
         "Measure throughput, latency, a running server, or start-up.",
     ),
+    "warmup": ("dovetail.cli.warmup:warmup", "Compile what a model needs, for later starts, and exit."),
     "plugins": ("dovetail.cli.plugins:plugins", "List installed plugins and what they provide."),
     "explain": ("dovetail.cli.explain:explain", "Show what would run a model, and why."),
     "doctor": ("dovetail.cli.doctor.command:doctor", "Check whether this machine can serve, and say what to do."),

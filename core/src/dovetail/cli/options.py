@@ -12,7 +12,7 @@ from typing import Any, cast
 import click
 
 from dovetail import env
-from dovetail.cli import config_file
+from dovetail.cli import config_file, section_options
 from dovetail.options import EngineOptions, ServerOptions, flag, kinds, parse
 
 Command = Callable[..., Any]
@@ -47,6 +47,8 @@ def with_options(*classes: type) -> Callable[[Command], click.Command | Command]
             table = {name: kind for cls in classes for name, kind in kinds(cls).items()}
             values = {} if config is None else config_file.read(config, kinds(ServerOptions) | kinds(EngineOptions))
             values |= {name: given[name] for name in table if given[name] is not None}
+            if "platform" in table:
+                section_options.overlay(values)
             rest = {name: value for name, value in given.items() if name not in table}
             if "api_key" in table and values.get("api_key") is None:
                 values["api_key"] = env.text("DOVETAIL_API_KEY")

@@ -6,10 +6,11 @@ import click
 
 from dovetail.cli import log
 from dovetail.cli.options import server_command
+from dovetail.cli.section_options import EngineCommand
 from dovetail.options import EngineOptions, ServerOptions
 
 
-@click.command()
+@click.command(cls=EngineCommand)
 @server_command
 def serve(engine: EngineOptions, server: ServerOptions) -> int:
     """Serve a model over the OpenAI-compatible HTTP API.

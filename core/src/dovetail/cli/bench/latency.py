@@ -10,13 +10,14 @@ import click
 from dovetail.cli import log
 from dovetail.cli.bench import report, workload
 from dovetail.cli.options import as_arguments, engine_command, json_option
+from dovetail.cli.section_options import EngineCommand
 from dovetail.options import EngineOptions
 
 if TYPE_CHECKING:
     from dovetail import LLM, SamplingParams
 
 
-@click.command()
+@click.command(cls=EngineCommand)
 @engine_command
 @click.option(
     "--runs", type=click.IntRange(1), default=5, show_default=True, help="Requests measured, one by one."

@@ -17,6 +17,7 @@ import click
 from dovetail.cli import http, log
 from dovetail.cli.bench import report
 from dovetail.cli.options import engine_command, json_option
+from dovetail.cli.section_options import EngineCommand
 from dovetail.errors import DovetailError
 from dovetail.options import EngineOptions, arguments
 
@@ -27,7 +28,7 @@ _IMPORT = "import time; t = time.perf_counter(); import dovetail; print(time.per
 _POLL_SECONDS = 0.01
 
 
-@click.command()
+@click.command(cls=EngineCommand)
 @engine_command
 @click.option(
     "--runs", type=click.IntRange(1), default=1, show_default=True, help="Servers started, one by one."

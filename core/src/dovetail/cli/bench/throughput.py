@@ -9,10 +9,11 @@ import click
 from dovetail.cli import log
 from dovetail.cli.bench import report, workload
 from dovetail.cli.options import as_arguments, engine_command, json_option
+from dovetail.cli.section_options import EngineCommand
 from dovetail.options import EngineOptions
 
 
-@click.command()
+@click.command(cls=EngineCommand)
 @engine_command
 @click.option(
     "--num-prompts", type=click.IntRange(1), default=64, show_default=True, help="Requests, sent at once."

@@ -14,6 +14,7 @@ from dovetail.cli.doctor import environment, fit, model_files, software
 from dovetail.cli.doctor.finding import OK, PROBLEM, WARNING, Check, Line, examine
 from dovetail.cli.doctor.subject import Subject
 from dovetail.cli.options import json_option, server_command
+from dovetail.cli.section_options import EngineCommand
 from dovetail.options import EngineOptions, ServerOptions
 
 CHECKS: dict[str, Check] = {
@@ -38,7 +39,7 @@ CHECKS: dict[str, Check] = {
 _COLOURS = {OK: "green", WARNING: "yellow", PROBLEM: "red"}
 
 
-@click.command()
+@click.command(cls=EngineCommand)
 @server_command
 @json_option
 def doctor(engine: EngineOptions, server: ServerOptions, as_json: bool) -> int:
