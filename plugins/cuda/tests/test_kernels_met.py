@@ -81,6 +81,9 @@ class ShapesOnly:
     def prepare(self, run):
         """Nothing is compiled."""
 
+    def await_compiled(self, told):
+        """Nothing is under way."""
+
     def warmed_up(self):
         """Nothing is kept."""
 

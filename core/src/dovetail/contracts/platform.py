@@ -304,8 +304,20 @@ class Platform(ABC):
         """
         ...
 
+    def await_compiled(self, told: Callable[[int, int], None]) -> None:  # noqa: B027  most compile as they go
+        """Everything that warm-up runs has been met. A platform that compiles it in the background waits here.
+
+        Phase: warm-up. Order: 4. Times: once. May raise: ConfigError.
+
+        Args:
+            told: how many parts are compiled, and of how many, whenever one is done.
+
+        Raises:
+            ConfigError: something does not fit.
+        """
+
     def warmed_up(self) -> None:  # noqa: B027  most have nothing to do
         """Every bucket of the ladder has run, of a draft model's step, too, and what samples has.
 
-        Phase: warm-up. Order: 4. Times: once. May raise: nothing.
+        Phase: warm-up. Order: 5. Times: once. May raise: nothing.
         """

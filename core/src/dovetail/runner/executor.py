@@ -81,6 +81,7 @@ class LocalExecutor(Executor):
         self._runner = ModelRunner(stepper, self._proposer(tables, draft))
         ready = time.perf_counter()
         rehearsal.warm_up(stepper, draft, ops, progress)
+        platform.await_compiled(lambda done, total: progress.update("warm-up", done, total))
         platform.warmed_up()
         return ExecutorInfo(
             num_blocks=blocks,
