@@ -3,7 +3,7 @@
 import pytest
 
 from dovetail.errors import ConfigError
-from dovetail_tpu.bridges import xla_fit
+from dovetail_tpu.bridges import open_bridge, xla_fit
 
 
 @pytest.fixture
@@ -28,11 +28,11 @@ def test_another_torch_is_named(install):
         xla_fit.check_fit()
     assert "torch_xla 2.9.0 works with torch 2.9 alone; here is torch 2.13.0+cpu" in str(error.value)
     assert "pip install 'dovetail-tpu[torch-xla]'" in str(error.value)
-    assert '{"bridge": "jax"}' in str(error.value)
+    assert "--tpu-bridge jax" in str(error.value)
 
 
 @pytest.mark.parametrize(("versions", "missing"), [({}, "torch_xla and jax"), ({"jax": "0.10.2"}, "torch_xla,")])
 def test_what_is_missing_is_named(install, versions, missing):
     install(torch="2.9.0", **versions)
     with pytest.raises(ConfigError, match=f"needs {missing}"):
-        xla_fit.check_fit()
+        open_bridge("torch_xla")

@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from dovetail.errors import ConfigError
 
 REMEDY = (
-    "Install both in an environment of their own, with pip install 'dovetail-tpu[torch-xla]', or take the bridge that"
-    """ runs on current versions of torch: --platform-config '{"bridge": "jax"}'."""
+    "Install torch_xla with the torch that it fits, in an environment of their own: pip install"
+    " 'dovetail-tpu[torch-xla]'. Or take the bridge that runs on current versions of torch: --tpu-bridge jax."
 )
 
 
