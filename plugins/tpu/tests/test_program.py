@@ -117,6 +117,15 @@ def test_padding_is_compiled_and_gives_zeros(programs):
     assert programs.compiled == 1
 
 
+def test_waiting_tells_how_much_is_compiled(programs):
+    told = []
+    for factor in range(3):
+        Program(lambda step, by=factor: (step.token_ids_T * by,), BUCKET, programs)(step_tensors(max_seq_len=0))
+    programs.pool.wait(lambda done, total: told.append((done, total)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert programs.compiled == 3
+
+
 def test_what_fails_to_compile_fails_the_end_of_warm_up(programs, monkeypatch):
     def refuse(traced):
         raise ValueError("does not fit")

@@ -114,8 +114,13 @@ class TpuPlatform(Platform):
 
         return Program(step, bucket, self._programs)
 
+    def await_compiled(self, told: Callable[[int, int], None]) -> None:
+        """Until the threads have compiled every program."""
+        if self._programs is not None:
+            self._programs.pool.wait(told)
+
     def warmed_up(self) -> None:
-        """All programs are compiled."""
+        """All programs are there: compiling one from now on is an error."""
         if self._programs is not None:
             self._programs.complete()
 

@@ -47,7 +47,7 @@ class Programs:
 
     def complete(self) -> None:
         """Wait for all that are being compiled. From now on, a step that would be compiled anew is an error."""
-        self.pool.wait(lambda done, total: _logger.info("Compiled %d of %d programs", done, total))
+        self.pool.wait()
         self.is_complete = True
 
 
