@@ -26,7 +26,7 @@ class EngineCommand(click.Command):
         known = {name for param in self.params for name in (*param.opts, *param.secondary_opts)}
         words = {word.partition("=")[0] for word in args if word.startswith("-")}
         if words - known:
-            ctx.meta[_OPTIONS] = [option for option in _platform_options() if known.isdisjoint(option.opts)]
+            ctx.meta[_OPTIONS] = [option for option in platform_options() if known.isdisjoint(option.opts)]
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -51,7 +51,8 @@ def overlay(values: dict[str, Any]) -> None:
         values["platform_config"] = {**(values.get("platform_config") or {}), **section}
 
 
-def _platform_options() -> Iterator[click.Option]:
+def platform_options() -> Iterator[click.Option]:
+    """Those of every platform that is installed."""
     with redirect_stdout(sys.stderr):  # what plugins print is no part of an answer
         platforms = PluginHost().discover().registries.platforms
     for platform in platforms.names():
