@@ -12,6 +12,7 @@ import pytest
 
 from dovetail.cli.bench.group import bench
 from dovetail.cli.main import cli
+from dovetail.cli.section_options import platform_options
 from dovetail.config import EngineConfig
 from dovetail.contracts.executor import ExecutorInfo
 from dovetail.deprecations import LEDGER
@@ -19,15 +20,23 @@ from dovetail.server.app import create_app
 from dovetail.server.metrics import Metrics
 from dovetail.server.protocol import _IGNORED, _UNSUPPORTED, ChatBody, CompletionBody, GenerationBody
 from dovetail.testing import engine_config
+from dovetail_tpu.plan import command as plan
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "core/src/dovetail"
 PAGES = sorted(
-    [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), ROOT / "core/README.md", *ROOT.glob("plugins/*/README.md")]
+    [
+        *(ROOT / "docs").rglob("*.md"),
+        *ROOT.glob("*.md"),
+        ROOT / "core/README.md",
+        *ROOT.glob("plugins/*/README.md"),
+        *ROOT.glob("deploy/*/README.md"),
+    ]
 )
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-FOREIGN = {"--extra-index-url", "--help", "--editable", "--no-deps", "--vllm", "--llama-cpp"}
-"""Options of other programs (pip, the benchmark scripts), and click's own."""
+FOREIGN = {"--extra-index-url", "--help", "--editable", "--no-deps", "--vllm", "--llama-cpp", "--index-url"}
+FOREIGN |= {"--file", "--tag", "--privileged", "--net", "--volume", "--filename"}
+"""Options of other programs (pip, docker, kubectl, the benchmark scripts), and click's own."""
 
 
 def commands():
@@ -35,6 +44,7 @@ def commands():
     yield cli
     for group, names in ((cli, cli.list_commands(context)), (bench, bench.list_commands(context))):
         yield from (group.get_command(context, name) for name in names)
+    yield plan
 
 
 def anchors(page):
@@ -56,7 +66,8 @@ def test_links_lead_somewhere(page):
 
 
 def test_options_exist():
-    known = {o for c in commands() for p in c.params for o in (*p.opts, *p.secondary_opts)} | FOREIGN
+    options = [*(param for command in commands() for param in command.params), *platform_options()]
+    known = {spelling for option in options for spelling in (*option.opts, *option.secondary_opts)} | FOREIGN
     for page in PAGES:
         unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![\w-])", page.read_text())) - known
         assert not unknown, (page, unknown)

@@ -24,7 +24,8 @@ def test_lifecycle_is_current(path):
 
 
 def test_nothing_else_is_there():
-    assert {path.name for path in (ROOT / "docs/reference").iterdir()} == set(PAGES)
+    compiled = {"tpu-aot.md"}  # written by a compiler that is not always there
+    assert {path.name for path in (ROOT / "docs/reference").iterdir()} == set(PAGES) | compiled
 
 
 def test_every_hook_and_field_has_text():
