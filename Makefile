@@ -4,7 +4,7 @@ READY := .venv/.installed
 # options for `make serve`, e.g. make serve ARGS="--port 9000 path/to/model"
 ARGS ?=
 
-.PHONY: help setup setup-tpu-xla serve test test-all test-tpu-xla coverage check fix bench clean
+.PHONY: help setup setup-tpu-xla serve test test-all test-tpu-xla test-tpu-aot tpu-table coverage check fix bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -23,7 +23,8 @@ $(READY): $(INPUTS)
 XLA := .venv-tpu-xla
 XLA_READY := $(XLA)/.installed
 # what is of that bridge, and what is of whichever there is
-XLA_TESTS := $(addprefix plugins/tpu/tests/,xla test_conformance.py test_sampling.py test_sampled_tokens.py)
+XLA_TESTS := $(addprefix plugins/tpu/tests/,xla test_conformance.py test_ops_conformance.py test_sampling.py \
+	test_sampled_tokens.py) tests/parity/test_tpu.py
 
 setup-tpu-xla: $(XLA_READY) ## create .venv-tpu-xla with torch_xla, for its bridge to TPUs
 
