@@ -50,6 +50,14 @@ class TestPlatform(PlatformSuite):
         TpuPlatform, replace(registered("tpu").find("platforms").manifest, attention=("tpu-gather",))
     )
 
+    @pytest.mark.slow
+    def test_engine(self, checkpoint, dtype):
+        super().test_engine(checkpoint, dtype)
+
+    @pytest.mark.slow
+    def test_seeded_engine(self, checkpoint):
+        super().test_seeded_engine(checkpoint)
+
 
 @pytest.mark.slow
 class TestWholePlatform(PlatformSuite):
