@@ -120,15 +120,14 @@ def test_what_fits_is_what_the_compiler_says(config):
 
 @pytest.mark.slow
 @needs_compiler
-def test_what_does_not_fit_on_one_chip_does_on_several(monkeypatch):
+def test_weights_and_cache_that_do_not_fit_are_not_compiled(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    limits = {"max_model_len": 8192, "max_num_seqs": 512, "max_num_batched_tokens": 512, "block_size": 128}
-    monkeypatch.setattr(table, "LIMITS", limits)
-    meshes = plan.plan(table.configuration(table.LAYER), slice_of("v5e-8"))
-    assert [found.devices for found in meshes] == [1, 2]
-    assert meshes[0].temp is None
-    assert "are missing: lower --max-num-seqs" in meshes[0].fault
-    assert meshes[1].fits
+    monkeypatch.setitem(table.LAYER_OF_8B, "num_hidden_layers", 24)
+    (found,) = plan.plan(table.configuration(table.LAYER), slice_of("v5e-8"), 1)
+    assert found.temp is None
+    assert "are missing: lower --max-num-seqs" in found.fault
+    assert found.weights > 12.5e9  # two bytes for each of 6.3 billion
+    assert found.cache == (32 * 2048 + 32) * 24 * 16 * 128 * 2
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ def report(config: EngineConfig, target: Slice, meshes: Sequence[Mesh]) -> str:
         return "\n".join([*lines, "", f"It does not fit: {last.fault}"])
     over = f"{last.devices} of {target.devices} devices"
     verdict = f"It fits over {over}, which have room for {last.tokens} tokens of context."
-    return "\n".join([*lines, "", verdict, f'Run it with --platform-config \'{{"devices": {last.devices}}}\'.'])
+    return "\n".join([*lines, "", verdict, f"Run it with --platform-config '{{\"devices\": {last.devices}}}'."])
 
 
 @click.command(name="plan")
