@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dovetail.contracts.attention import StepTensors
 from dovetail.contracts.platform import Bucket
-from dovetail.errors import PluginRunError
+from dovetail.errors import ConfigError, PluginRunError
 from dovetail_tpu import bridges
 from dovetail_tpu.adopt import Adoption
 from dovetail_tpu.packing import Packing
@@ -180,6 +180,13 @@ def test_states_are_changed_in_place_and_shared_among_programs(programs):
         False,
     ]
     assert executable.alias_bytes == 3 * 4 * 4 + 4 * 4
+
+
+def test_another_backend_is_refused(programs):
+    with pytest.raises(ConfigError, match=r"--attention tpu.*Pair"):
+        Program(lambda step, metadata: (step.token_ids_T,), BUCKET, programs)(
+            step_tensors(), [Pair(torch.ones(1), None)]
+        )
 
 
 def test_tensors_of_the_host_in_a_step_are_its_constants(programs):

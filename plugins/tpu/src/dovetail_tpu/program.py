@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dovetail.contracts.attention import StepTensors
 from dovetail.contracts.platform import Bucket, StepFunction
-from dovetail.errors import PluginRunError
+from dovetail.errors import ConfigError, PluginRunError
 from dovetail.tensors import leaves, replaced
+from dovetail_tpu.attention import Tables
 from dovetail_tpu.bridges.protocol import Bridge, Executable
 from dovetail_tpu.compile_pool import CompilePool
 from dovetail_tpu.packing import Packing
@@ -67,6 +68,7 @@ class Program:
 
     def __call__(self, *given: Any) -> Any:
         """Run the step. One of padding alone is compiled, and gives zeros until it is."""
+        _check_attention(given)
         is_padding = any(isinstance(value, StepTensors) and value.max_seq_len == 0 for value in given)
         args = [_timeless(value) for value in given]
         held = list(leaves(args))
@@ -120,6 +122,17 @@ class _Variant:
         started = self._bridge.call(self._executable.result(), self._packing.pack(inputs))
         fetched = iter(self._bridge.to_host(started))
         return replaced(self._results, lambda _: next(fetched))
+
+
+def _check_attention(given: Sequence[Any]) -> None:
+    """Other backends' caches are tensors of the host, which a program would not change."""
+    if len(given) > 1 and isinstance(given[0], StepTensors):
+        others = {type(metadata).__name__ for metadata in given[1] if not isinstance(metadata, Tables)}
+        if others:
+            raise ConfigError(
+                "Programs of the platform 'tpu' attend by its own backends alone: choose --attention tpu or "
+                f"tpu-gather, or --eager. (This one's metadata is of {', '.join(sorted(others))}.)"
+            )
 
 
 def _is_of_host(leaf: Any) -> bool:
