@@ -58,7 +58,9 @@ FACTORS: dict[str, Factor] = {
     "preemption": Factor(options={"block_size": 32}, happened=lambda stats: stats.num_preemptions > 0),
     "small_pages": Factor(options={"block_size": 16}),
     "ngram": Factor(
-        options=_speculation(method="ngram"), happened=lambda stats: stats.drafts_proposed > 0, excludes=("draft", "async")
+        options=_speculation(method="ngram"),
+        happened=lambda stats: stats.drafts_proposed > 0,
+        excludes=("draft", "async"),
     ),
     "draft": Factor(
         options=_speculation(method="draft_model", model="{draft}"),

@@ -135,6 +135,7 @@ def _paired(gate_up: Block, devices: int) -> Tensor:
         raise ConfigError(f"{gate} inner features do not divide evenly among {devices} devices. Take fewer chips.")
     return _order([gate, up], [devices] * 2, devices)
 
+
 def _order(sizes: Collection[int], pieces: Sequence[int], devices: int) -> Tensor:
     """Of each device in turn, its share of each part. A part of few pieces is given out more than once."""
     starts = itertools.accumulate(sizes, initial=0)
