@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import jax
 import msgspec
 import pytest
 
@@ -35,12 +34,6 @@ def bridge(tmp_path_factory):
     """Backends run on the bridge that a platform has opened. Programs that several tests have are compiled once."""
     opened = bridges.open_bridge()
     opened.enable_cache(tmp_path_factory.getbasetemp() / "programs")
-    yield
-    if opened.name == "jax":
-        from dovetail_tpu.bridges import jax_bridge  # torchax is not there for the other
-
-        jax_bridge._jitted.cache_clear()
-    jax.clear_caches()  # a process has room for so many programs of the host
 
 
 class TestPlatform(PlatformSuite):

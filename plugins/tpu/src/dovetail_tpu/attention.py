@@ -28,8 +28,8 @@ from dovetail_tpu.mesh import KV_SPEC, kv_shape, over_heads
 
 DTYPES = (torch.bfloat16, torch.float32)
 KV_DTYPES = (*DTYPES, torch.float8_e4m3fn)
-FEWEST = 8
-"""Tokens, requests and columns of tables that a call outside of compiled steps is padded to at least."""
+FEWEST_TOKENS, FEWEST_REQUESTS, FEWEST_COLUMNS = 64, 8, 8
+"""That a call outside of compiled steps is padded to at least. Above, there are few sizes: each is a program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +224,9 @@ def _padded(
     slots_T: Tensor,
 ) -> list[Tensor]:
     """With padding tokens and requests, and columns of the null block."""
-    more_T, more_R, more_B = (_rung(size) - size for size in (len(q_THK), *table_RB.shape))
+    fewest = (FEWEST_TOKENS, FEWEST_REQUESTS, FEWEST_COLUMNS)
+    sizes = (len(q_THK), *table_RB.shape)
+    more_T, more_R, more_B = (_rung(size, least) - size for size, least in zip(sizes, fewest, strict=True))
     heads = (pad(x_THK, (0, 0, 0, 0, 0, more_T)) for x_THK in (q_THK, k_TNK, v_TNK))
     starts_R1 = torch.cat([starts_R1, starts_R1[-1:].expand(more_R)])
     return [
@@ -236,8 +238,11 @@ def _padded(
     ]
 
 
-def _rung(size: int) -> int:
-    return max(FEWEST, 1 << (size - 1).bit_length())
+def _rung(size: int, fewest: int) -> int:
+    """The next of ``fewest × 4^n``."""
+    while fewest < size:
+        fewest *= 4
+    return fewest
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:

@@ -19,6 +19,9 @@ PLAIN = AttentionSpec(num_heads=4, num_kv_heads=2, head_size=64, scale=0.125)
 SIGNAL = 2.0
 """Queries are this much larger than keys, so that the softmax is far from uniform and a wrong key is seen."""
 
+SPARE = 32
+"""Caches have a multiple of so many blocks: backends that are compiled for sizes of caches meet few sizes."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Request:
@@ -89,7 +92,7 @@ class Bench:
     def requests(
         self, spec: AttentionSpec, lengths: Sequence[int], *, shuffled: bool = True, spread: int = 1
     ) -> tuple[list[Request], int]:
-        """Requests of these lengths on blocks of their own; also how many blocks there are.
+        """Requests of these lengths on blocks of their own; also how many blocks a cache has for them.
 
         Args:
             shuffled: blocks come in random order, else in ascending order.
@@ -104,7 +107,7 @@ class Bench:
             self.request(spec, length, tuple(islice(free, count)), seed)
             for seed, (length, count) in enumerate(zip(lengths, pages, strict=True))
         ]
-        return made, spread * sum(pages) + 1
+        return made, -(-(spread * sum(pages) + 1) // SPARE) * SPARE
 
     def request(self, spec: AttentionSpec, length: int, blocks: tuple[int, ...], seed: int) -> Request:
         """Random queries, keys and values."""

@@ -21,11 +21,17 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dovetail.errors import ConfigError
-from dovetail_tpu.bridges.lifting import Lifted, lift
+from dovetail_tpu.bridges.lifting import Lifted, lift, shape_of
 from dovetail_tpu.bridges.protocol import ChipMemory, Kernel, Spec, State, Step
 from dovetail_tpu.bridges.torchax_ops import TracingEnvironment, wrapped
 from dovetail_tpu.bridges.transfers import array_of, jax_dtype, numpy_of, tensor_of
 from dovetail_tpu.mesh import tp_mesh
+
+FEW = 64
+"""Programs of calls outside of steps that are kept. The host's compiler gives each kernel of a program three memory
+maps of its own, and so an interpreted one of Pallas 300; a process of Linux has 65,530, and dies in the compiler of
+one more.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +98,11 @@ class JaxBridge:
         """Call it inline while tracing, else compiled: on the mesh if it changes what lies there."""
         contents = [state.tensor._elem for state in states]  # type: ignore[attr-defined]
         arrays = self._env.t2j_iso(tensors)
-        run = functools.partial(function, **static) if self._is_tracing else _jitted(function, len(states), **static)
         if contents and not self._is_tracing:
             arrays = jax.device_put(arrays, self._sharding(()))
         with self._on_mesh() if contents or self._is_tracing else nullcontext():
-            outputs = run(*contents, *arrays)
+            inputs = [*contents, *arrays]
+            outputs = function(*inputs, **static) if self._is_tracing else _run(function, inputs, len(states), static)
         for state, array in zip(states, outputs, strict=False):
             state.tensor._elem = array  # type: ignore[attr-defined]
         results = outputs[len(states) :]
@@ -190,6 +196,14 @@ class JaxBridge:
         return tensor
 
 
-@functools.cache
-def _jitted(function: Kernel, num_states: int, **static: Any) -> Any:
-    return jax.jit(functools.partial(function, **static), donate_argnums=tuple(range(num_states)))
+def _run(function: Kernel, inputs: Sequence[Array], num_states: int, static: dict[str, Any]) -> Sequence[Array]:
+    outputs: Sequence[Array] = _compiled(function, num_states, (*static.items(),), (*map(shape_of, inputs),))(*inputs)
+    return outputs
+
+
+@functools.lru_cache(maxsize=FEW)
+def _compiled(
+    function: Kernel, num_states: int, static: tuple[tuple[str, Any], ...], shapes: tuple[jax.ShapeDtypeStruct, ...]
+) -> Any:
+    jitted = jax.jit(functools.partial(function, **dict(static)), donate_argnums=tuple(range(num_states)))
+    return jitted.lower(*shapes).compile()

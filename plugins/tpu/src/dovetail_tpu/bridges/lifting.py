@@ -72,10 +72,11 @@ def lift(step: Step, words: int, tensors: Sequence[Tensor], env: TracingEnvironm
         closed, shapes = jax.make_jaxpr(body, return_shape=True)(before, packed)
     finally:
         env.constants.clear()
-    return _pruned(closed, jax.tree.structure(shapes), tensors, changed, [_shape_of(array) for array in before])
+    return _pruned(closed, jax.tree.structure(shapes), tensors, changed, [shape_of(array) for array in before])
 
 
-def _shape_of(array: Any) -> Any:
+def shape_of(array: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype, and where it lies."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
