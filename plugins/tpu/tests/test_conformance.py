@@ -44,8 +44,8 @@ class TestPlatform(PlatformSuite):
     )
 
     @pytest.mark.slow
-    def test_engine(self, checkpoint, dtype):
-        super().test_engine(checkpoint, dtype)
+    def test_engine(self, dtype, checkpoint):
+        super().test_engine(dtype, checkpoint)
 
     @pytest.mark.slow
     def test_seeded_engine(self, checkpoint):

@@ -27,6 +27,10 @@ from dovetail_tpu.bridges.protocol import ChipMemory, Kernel, Spec, State, Step
 
 CACHE = "XLA_PERSISTENT_CACHE_PATH"
 """Where torch_xla remembers its folder."""
+PROGRAMS = "XLA_COMPILATION_CACHE_SIZE"
+"""Where torch_xla looks up how many programs it keeps; of those not used for longest it forgets."""
+FEW = 64
+"""That it keeps where they execute on the host: see ``jax_bridge.FEW``. An engine has fewer."""
 COMPILED_WITH = ("torch", "torch_xla", "jax", "jaxlib", "libtpu")
 
 _logger = logging.getLogger("dovetail.tpu")
@@ -41,6 +45,8 @@ class XlaBridge:
     def __init__(self) -> None:
         jax.config.update("jax_platforms", "cpu")  # the chip is torch_xla's
         XLAC._xla_set_mat_mul_precision("highest")  # of fp32; bf16 is as it is
+        if xr.device_type() == "CPU":
+            os.environ.setdefault(PROGRAMS, str(FEW))  # it is read when the first is compiled
         self._device = torch_xla.device()
         self._numbers = itertools.count()
         self._buffers: WeakValueDictionary[int, Buffer] = WeakValueDictionary()
