@@ -30,7 +30,7 @@ LIMITS = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 16, 
 PROMPTS = [random.Random(n).choices(range(128), k=n) for n in (1, 9, 30, 35)]
 GROUP = 32
 TPU = {"platform": "tpu", "attention": "tpu-gather"}
-LARGER = Path(os.environ.get("DOVETAIL_TEST_MODELS", "/nonexistent")) / "fable-moe"
+MODELS = Path(os.environ.get("DOVETAIL_TEST_MODELS", "/nonexistent"))
 
 
 @pytest.fixture(autouse=True)
@@ -85,10 +85,13 @@ def test_four_bits(tmp_path: Path, family: str, method: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not LARGER.is_dir(), reason="DOVETAIL_TEST_MODELS names no folder with fable-moe")
+@pytest.mark.shared
 @pytest.mark.parametrize("method", [None, "int8-w8a8"])
-def test_trained_experts(method: str | None) -> None:
-    assert_same_tokens(LARGER, **({} if method is None else {"quantization": method}))
+@pytest.mark.parametrize("name", ["fable-30m", "fable-moe"])
+def test_trained_models(name: str, method: str | None) -> None:
+    if not (MODELS / name).is_dir():
+        pytest.skip(f"DOVETAIL_TEST_MODELS names no folder with {name}")
+    assert_same_tokens(MODELS / name, **({} if method is None else {"quantization": method}))
 
 
 def quantize(folder: Path, method: str) -> None:
