@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dovetail.errors import ConfigError
+from dovetail_tpu.bridges.host_maps import check_room
 from dovetail_tpu.bridges.lifting import Lifted, lift, shape_of
 from dovetail_tpu.bridges.protocol import ChipMemory, Kernel, Spec, State, Step
 from dovetail_tpu.bridges.torchax_ops import TracingEnvironment, wrapped
@@ -28,10 +29,7 @@ from dovetail_tpu.bridges.transfers import array_of, jax_dtype, numpy_of, tensor
 from dovetail_tpu.mesh import tp_mesh
 
 FEW = 64
-"""Programs of calls outside of steps that are kept. The host's compiler gives each kernel of a program three memory
-maps of its own, and so an interpreted one of Pallas 300; a process of Linux has 65,530, and dies in the compiler of
-one more.
-"""
+"""Programs of calls outside of steps that are kept: :mod:`~dovetail_tpu.bridges.host_maps` says why not all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +119,13 @@ class JaxBridge:
             self._is_tracing = False
 
     def compile(self, traced: Lifted) -> JaxExecutable:
-        """By XLA. What comes out takes the shapes that were traced, and raises for others."""
+        """By XLA. What comes out takes the shapes that were traced, and raises for others.
+
+        Raises:
+            ConfigError: there is no room for it on the host.
+        """
+        if self._first.platform == "cpu":
+            check_room()
         compiled = self.lowered(traced).compile()
         memory = compiled.memory_analysis()
         temp = None if self._first.platform == "cpu" else memory.temp_size_in_bytes

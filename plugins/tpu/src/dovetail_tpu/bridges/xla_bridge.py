@@ -23,6 +23,7 @@ from dovetail_tpu.bridges import jax_op
 from dovetail_tpu.bridges.capture import XLAC, Buffer, CapturedProgram, Started, capture
 from dovetail_tpu.bridges.corrections import Corrections
 from dovetail_tpu.bridges.host_constants import HostConstants
+from dovetail_tpu.bridges.host_maps import check_room
 from dovetail_tpu.bridges.protocol import ChipMemory, Kernel, Spec, State, Step
 
 CACHE = "XLA_PERSISTENT_CACHE_PATH"
@@ -30,7 +31,9 @@ CACHE = "XLA_PERSISTENT_CACHE_PATH"
 PROGRAMS = "XLA_COMPILATION_CACHE_SIZE"
 """Where torch_xla looks up how many programs it keeps; of those not used for longest it forgets."""
 FEW = 64
-"""That it keeps where they execute on the host: see ``jax_bridge.FEW``. An engine has fewer."""
+"""That it keeps where they execute on the host, where :mod:`~dovetail_tpu.bridges.host_maps` are few. An engine has
+fewer programs.
+"""
 COMPILED_WITH = ("torch", "torch_xla", "jax", "jaxlib", "libtpu")
 
 _logger = logging.getLogger("dovetail.tpu")
@@ -108,7 +111,13 @@ class XlaBridge:
     @torch.inference_mode(False)
     @torch.no_grad()
     def trace(self, step: Step, words: int) -> CapturedProgram:
-        """Trace and compile: torch_xla compiles what it has traced last."""
+        """Trace and compile: torch_xla compiles what it has traced last.
+
+        Raises:
+            ConfigError: there is no room for it on the host.
+        """
+        if self.device_kind == "cpu":
+            check_room()
 
         def body(packed_W: Tensor) -> Sequence[Tensor]:
             with HostConstants(self._device), Corrections(self._device, self.device_kind):
