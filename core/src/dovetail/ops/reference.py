@@ -132,7 +132,10 @@ def linear_pack(weight_OI: Tensor) -> Tensor:
 
 
 def linear(x_TI: Tensor, packed: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """``x @ weightᵀ + bias``: ``[T, O]`` in the dtype of ``x``. ``packed`` comes from :func:`linear_pack`."""
+    """``x @ weightᵀ + bias``: ``[T, O]`` in the dtype of ``x``.
+
+    ``packed`` comes from :func:`linear_pack`, and nothing writes to it while steps run.
+    """
     return F.linear(x_TI, packed, bias_O)
 
 

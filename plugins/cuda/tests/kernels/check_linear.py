@@ -89,7 +89,9 @@ def test_what_suits_dozens(monkeypatch):
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("inputs", "outputs"), [(72, 1), (136, 333), (2048, 96), (3000, 8200), (64, 66000)])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(72, 1), (136, 333), (2048, 96), (3000, 8200), (64, 66000), (8200, 99)]
+)
 @pytest.mark.parametrize("gated", [False, True])
 def test_dozens_of_tokens(dtype, bias, inputs, outputs, gated):
     from dovetail_cuda.kernels import skinny

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dovetail_cuda.kernels.counters import counters
 from dovetail_cuda.kernels.online_softmax import join, step
 from dovetail_cuda.kernels.overlap import overlapped, release, wait
 from dovetail_cuda.kernels.prefixes import SharedPrefixes
@@ -96,11 +97,11 @@ def attend(
         return out_TE
     queries = tiling.rows // group
     grid = (kv_heads, tokens // queries + requests + 1, splits)
-    parts = sums = counters = out_TE  # not read
+    parts = sums = arrivals = out_TE  # not read
     if splits > 1:
         parts = torch.empty((splits, tokens, heads, size), dtype=torch.float32, device=q_THK.device)
         sums = torch.empty((splits, tokens, heads), dtype=torch.float32, device=q_THK.device)
-        counters = _counters(q_THK.device, triton.next_power_of_2(kv_heads * grid[1]))
+        arrivals = counters(q_THK.device, triton.next_power_of_2(kv_heads * grid[1]))
     _attend_kernel[grid](
         q_THK,
         k_cache_BPNK,
@@ -111,7 +112,7 @@ def attend(
         out_TE,
         parts,
         sums,
-        counters,
+        arrivals,
         out_TE if prefixes is None else prefixes.tokens_R,
         out_TE if prefixes is None else prefixes.parts,
         out_TE if prefixes is None else prefixes.sums,
@@ -176,12 +177,6 @@ def scale_and_cap(scale: float, soft_cap: float | None) -> tuple[float, float]:
 
 
 @cache
-def _counters(device: torch.device, number: int) -> Tensor:
-    """Zeros, which every launch leaves as it found them."""
-    return torch.zeros(number, dtype=torch.int32, device=device)
-
-
-@cache
 def processors(device: torch.device) -> int:
     """How many programs run side by side."""
     if device.type != "cuda":
@@ -239,7 +234,6 @@ def _attend_kernel(
     OVERLAP: tl.constexpr,
 ) -> None:
     release(OVERLAP)
-    wait(OVERLAP)
     kv_head, split = tl.program_id(0), tl.program_id(2)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # a prompt's last tiles see most, so they start first
     request = segment_of(tile, starts_ptr, starts_stride, num_requests + 1, QUERIES)
@@ -248,6 +242,8 @@ def _attend_kernel(
     end = tl.load(starts_ptr + (request + 1) * starts_stride, mask=request < num_requests, other=num_tokens)
     count = end - start
     offset = (tile - start // QUERIES - request) * QUERIES
+    length = tl.load(lengths_ptr + request * lengths_stride, mask=request < num_requests, other=0)
+    wait(OVERLAP)
     if offset >= count:
         return
 
@@ -265,7 +261,7 @@ def _attend_kernel(
             tl.store(out_ptr + places[:, None] + dims[None, :], zeros, mask=out_mask)
         return
 
-    first_position = tl.load(lengths_ptr + request * lengths_stride) - count + offset
+    first_position = length - count + offset
     position = first_position + row // GROUP
     stop = first_position + tl.minimum(QUERIES, count - offset)
     first = tl.maximum(0, first_position - WINDOW + 1) if WINDOW else 0

@@ -124,8 +124,8 @@ def _rms_norm_kernel(
     columns = tl.arange(0, BLOCK)[None, :]
     mask = (rows < count) & (columns < width)
     outer, within = rows // inner, rows % inner
-    wait(OVERLAP)
     weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+    wait(OVERLAP)
     x = tl.load(x_ptr + outer * x_outer_stride + within * x_inner_stride + columns, mask=mask, other=0.0)
     if ADD:
         places = outer * residual_outer_stride + within * residual_inner_stride + columns

@@ -161,8 +161,12 @@ def _prepare_kernel(
     token, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     row = qkv_ptr + token * qkv_stride
     rank = tl.arange(0, HEADS)[:, None]
-    wait(OVERLAP)
+    pairs = tl.arange(0, PAIRS)[None, :]
+    angles = table_ptr + tl.load(positions_ptr + token * positions_stride) * table_stride + pairs
+    cos = tl.load(angles, mask=pairs < HALF, other=0.0)
+    sin = tl.load(angles + HALF, mask=pairs < HALF, other=0.0)
     slot = tl.load(slots_ptr + token * slots_stride)
+    wait(OVERLAP)
     if part >= Q_PARTS + KV_PARTS:
         heads = (part - Q_PARTS - KV_PARTS) * HEADS + rank
         dims = tl.arange(0, BLOCK)[None, :]
@@ -175,11 +179,8 @@ def _prepare_kernel(
     heads = tl.where(is_key, part - Q_PARTS, part) * HEADS + rank
     exists = heads < tl.where(is_key, KV_HEADS, Q_HEADS)
     source = row + (heads + tl.where(is_key, Q_HEADS, 0)) * SIZE
-    pairs, rest = tl.arange(0, PAIRS)[None, :], 2 * HALF + tl.arange(0, max(REST, 1))[None, :]
+    rest = 2 * HALF + tl.arange(0, max(REST, 1))[None, :]
     mask, rest_mask = exists & (pairs < HALF), exists & (rest < SIZE)
-    angles = table_ptr + tl.load(positions_ptr + token * positions_stride) * table_stride + pairs
-    cos = tl.load(angles, mask=pairs < HALF, other=0.0)
-    sin = tl.load(angles + HALF, mask=pairs < HALF, other=0.0)
     first = tl.load(source + pairs, mask=mask, other=0.0)
     second = tl.load(source + HALF + pairs, mask=mask, other=0.0)
     dtype: tl.constexpr = first.dtype

@@ -18,10 +18,16 @@ FEWEST = 2**24
 """Elements of weights that memory is slow enough for."""
 ALIGNED = 16
 """Bytes, of whose multiples the copy engine takes addresses and distances between rows."""
-NARROW, WIDE = 8192, 65536
-"""Outputs up to which tiles are narrowest, so that there are enough; and above which they are widest."""
+WIDE = 65536
+"""Outputs from which a weight is an output head."""
+LONG = 8192
+"""Inputs from which two programs share a tile's."""
 PROCESSORS = 132
-"""Of the GPUs that this was measured on. So many programs have one to themselves, and its memory."""
+"""Of the GPUs that this was measured on."""
+ENOUGH = 92
+"""Programs that keep memory busy; tiles are as tall as leaves so many."""
+ROOM = 192 * 1024
+"""Bytes of shared memory for steps under way on a multiprocessor, where it has two programs for each of them half."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +35,16 @@ class Tiling:
     """How a launch is cut.
 
     Attributes:
-        half: outputs of half a tile; gates are one half, what they are multiplied with the other.
+        rows: of the weight, in a tile; for gates half of them, and as many of what they are multiplied with.
         block: inputs of a step.
         stages: steps that are under way together.
+        splits: programs that share a tile's inputs.
     """
 
-    half: int
+    rows: int
     block: int
     stages: int
+    splits: int = 1
 
 
 def suits(x_TI: Tensor, weight_OI: Tensor) -> bool:
@@ -57,10 +65,11 @@ def _is_aligned(matrix: Tensor) -> bool:
 
 
 @cache
-def tile(outputs: int) -> Tiling:
+def tile(outputs: int, inputs: int, gated: bool) -> Tiling:
     """How to cut a product with so many outputs, those of gates and what they are multiplied with together."""
-    if outputs > WIDE:
-        return Tiling(half=64, block=128, stages=2)
-    if outputs > NARROW:
-        return Tiling(half=32, block=128, stages=3)
-    return Tiling(half=16, block=128, stages=8 if outputs <= 32 * PROCESSORS else 4)
+    rows = next((rows for rows in (256, 128, 64) if (gated or rows < 256) and -(-outputs // rows) >= ENOUGH), 32)
+    splits = 1 + (not gated and inputs >= LONG and rows < 128)
+    rows *= splits
+    programs, block = splits * -(-outputs // rows), 128
+    room = ROOM if programs <= PROCESSORS else ROOM // 2
+    return Tiling(rows, block, max(2, room // (2 * block * (rows + MOST))), splits)
