@@ -2,7 +2,17 @@
 
 import pytest
 
+COMPILER = "libtpu, the chips' compiler, is not installed"
+
 
 @pytest.fixture(autouse=True)
 def on_host(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was not checked is told, however short the report."""
+    skipped = [report for report in terminalreporter.getreports("skipped") if COMPILER in str(report.longrepr)]
+    if skipped:
+        terminalreporter.section("not compiled for TPUs", red=True)
+        terminalreporter.line(f"{len(skipped)} tests were skipped: {COMPILER}. `make test-tpu-aot` installs it.")

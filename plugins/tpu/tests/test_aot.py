@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,14 +20,14 @@ from dovetail_tpu.trial import Trial
 
 PAGE = Path(__file__).parents[3] / "docs/reference/tpu-aot.md"
 needs_compiler = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, the chips' compiler, is not installed")
-compiled = functools.cache(table.compiled)
 
 
 @pytest.mark.slow
+@pytest.mark.aot
 @needs_compiler
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_steps_compile_in_place_and_fit(case):
-    programs = compiled(case)
+def test_steps_compile_in_place_and_fit_and_the_page_says_so(case):
+    programs = table.compiled(case)
     assert len(programs) == len(STEPS)
     for program in programs:
         layers = check(program, case)
@@ -37,9 +35,12 @@ def test_steps_compile_in_place_and_fit(case):
         # sums over devices: two a layer, the embedding, and the logit of a sampled token; logits are gathered
         exchanged = {} if case.devices == 1 else {"all-reduce": 2 + 2 * layers, "all-gather": 1}
         assert hlo.collectives(program.text) == exchanged
+    own = [line for line in lines() if line[:3] == [case.chip, str(case.devices), case.model]]
+    assert own == [list(row) for row in table.rows(case, programs)], "run make tpu-table"
 
 
 @pytest.mark.slow
+@pytest.mark.aot
 @needs_compiler
 @pytest.mark.parametrize("devices", DEVICES)
 def test_steps_with_rules_compile_in_place_and_fit(devices):
@@ -62,27 +63,27 @@ def check(program: AotProgram, case: Case) -> int:
     return layers
 
 
-@pytest.mark.slow
-@needs_compiler
-def test_page_says_what_the_compiler_says():
-    rows = list(table.rows(compiled))
-    assert PAGE.read_text(encoding="utf-8") == table.text_of(rows, version("libtpu")), "run make tpu-table"
+def lines() -> list[list[str]]:
+    """Of the page's table."""
+    text = PAGE.read_text(encoding="utf-8")
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", text, re.M)]
 
 
 def test_page_has_a_row_for_every_step():
-    text = PAGE.read_text(encoding="utf-8")
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", text, re.M)]
-    assert lines[0] == list(HEAD)
-    assert [tuple(line[:4]) for line in lines[2:]] == [
+    head, _, *rows = lines()
+    assert head == list(HEAD)
+    assert [tuple(row[:4]) for row in rows] == [
         (case.chip, str(case.devices), case.model, step) for case in CASES for step in STEPS
     ]
+    text = PAGE.read_text(encoding="utf-8")
     (libtpu,) = re.findall(r"libtpu ([\d.]+\d)", text)
     constraints = (PAGE.parents[2] / "constraints.txt").read_text(encoding="utf-8")
     assert f"libtpu=={libtpu}\n" in constraints
-    assert text == table.text_of(lines[2:], libtpu)
+    assert text == table.text_of(rows, libtpu)
 
 
 @pytest.mark.slow
+@pytest.mark.aot
 @needs_compiler
 def test_a_step_that_is_too_large_is_refused_with_a_remedy():
     trial = Trial(table.configuration(LAYER), SLICES["v5e-1"])
@@ -91,6 +92,7 @@ def test_a_step_that_is_too_large_is_refused_with_a_remedy():
 
 
 @pytest.mark.slow
+@pytest.mark.aot
 @needs_compiler
 def test_a_kernel_that_is_too_large_is_refused_with_a_remedy(monkeypatch):
     """If kernels chose too large a cut."""
@@ -117,7 +119,7 @@ def test_faults_say_what_to_change(fault, says):
 
 
 def test_without_the_compiler_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("dovetail_tpu.aot.find_spec", lambda name: None)
+    monkeypatch.setattr("dovetail_tpu.topology.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'dovetail-tpu\[aot\]'"):
         AotBridge(SLICES["v6e-4"])
 

@@ -1,4 +1,4 @@
-"""Compiling steps for chips that are not there, by their own compiler, which libtpu has and which runs on any host.
+"""Compiling steps for chips that are not there, by their own compiler.
 
 Everything but the chip is real: the model's class, its number format, attention, sampling, and how all of it lies on a
 mesh. Weights have shapes and no contents. What comes out cannot run here; it says how much memory it takes.
@@ -7,18 +7,15 @@ mesh. Weights have shapes and no contents. What comes out cannot run here; it sa
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
 import torch
 from jax import Array
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from torch import Tensor
 
@@ -28,15 +25,7 @@ from dovetail_tpu.bridges.lifting import Lifted
 from dovetail_tpu.bridges.protocol import ChipMemory, Step
 from dovetail_tpu.bridges.transfers import jax_dtype
 from dovetail_tpu.slices import Slice
-
-_ALONE = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
-"""Without these, libtpu lets one process at a time load it, and asks a server which chips the host has."""
-
+from dovetail_tpu.topology import topology_devices
 
 CACHE_DIMS = 3
 
@@ -170,20 +159,6 @@ class AotBridge(JaxBridge):
         """Always, so that kernels see the chip."""
         mesh: AbstractContextManager[Any] = jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
         return mesh
-
-
-def topology_devices(target: Slice) -> Sequence[Any]:
-    """The devices of a slice, as its compiler knows them.
-
-    Raises:
-        ConfigError: libtpu is not installed.
-    """
-    if find_spec("libtpu") is None:
-        raise ConfigError("The chips' compiler is not installed: pip install 'dovetail-tpu[aot]'.")
-    for name, value in _ALONE.items():
-        os.environ.setdefault(name, value)
-    devices: Sequence[Any] = topologies.get_topology_desc(f"{target.chip.name}:{target.topology}", "tpu").devices
-    return devices
 
 
 def caches_of(traced: Lifted) -> tuple[tuple[int, ...], ...]:

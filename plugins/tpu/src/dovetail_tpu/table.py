@@ -6,9 +6,11 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -49,6 +51,8 @@ STEPS = MappingProxyType({"decode": 32, "mixed": 512})
 LIMITS: dict[str, Any] = {"max_model_len": 2048, "max_num_seqs": 32, "max_num_batched_tokens": 512, "block_size": 32}
 BLOCKS = 8192
 """So large that no compiler takes a cache for something to bring near."""
+MOST_PROCESSES = 4
+"""Each takes about 2 GB."""
 HEAD = ("chip", "devices", "model", "step", "arguments", "KV in place", "temporary", "code", "of", "collectives")
 NOTICE = "<!-- Written by `make tpu-table` from what libtpu says. Do not edit. -->\n"
 
@@ -83,14 +87,13 @@ def compiled(case: Case, *, ruled: bool = False) -> list[AotProgram]:
     return trial.compile([(tokens, LIMITS["max_num_seqs"]) for tokens in STEPS.values()], BLOCKS, ruled=ruled)
 
 
-def rows(programs_of: Callable[[Case], Sequence[AotProgram]] = compiled) -> Iterator[tuple[str, ...]]:
-    """Of the table, each when it is compiled."""
-    for case in CASES:
-        for step, program in zip(STEPS, programs_of(case), strict=True):
-            memory = program.memory
-            counts = ", ".join(f"{count} {kind}" for kind, count in sorted(hlo.collectives(program.text).items()))
-            sizes = (memory.arguments, memory.alias, memory.temp, memory.code, CHIPS[case.chip].hbm_bytes)
-            yield (case.chip, str(case.devices), case.model, step, *(f"{n / MIB:.1f}" for n in sizes), counts)
+def rows(case: Case, programs: Sequence[AotProgram]) -> Iterator[tuple[str, ...]]:
+    """Of the table: one per step of a case."""
+    for step, program in zip(STEPS, programs, strict=True):
+        memory = program.memory
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(hlo.collectives(program.text).items()))
+        sizes = (memory.arguments, memory.alias, memory.temp, memory.code, CHIPS[case.chip].hbm_bytes)
+        yield (case.chip, str(case.devices), case.model, step, *(f"{n / MIB:.1f}" for n in sizes), counts)
 
 
 def text_of(table: Sequence[Sequence[str]], libtpu: str) -> str:
@@ -110,9 +113,11 @@ two devices. `make test-tpu-aot` checks that nothing copies the cache and that i
 
 
 def main() -> None:
-    """Write the page."""
-    text = text_of(list(rows()), version("libtpu"))
-    Path(sys.argv[1]).write_text(text, encoding="utf-8")
+    """Write the page. Compilers of several processes work at a time."""
+    with ProcessPoolExecutor(min(MOST_PROCESSES, os.cpu_count() or 1), get_context("spawn")) as processes:
+        found = processes.map(compiled, CASES)
+        table = [row for case, programs in zip(CASES, found, strict=True) for row in rows(case, programs)]
+    Path(sys.argv[1]).write_text(text_of(table, version("libtpu")), encoding="utf-8")
 
 
 if __name__ == "__main__":

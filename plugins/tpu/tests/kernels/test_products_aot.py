@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from importlib.util import find_spec
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dovetail_tpu.experts import mixture
-from dovetail_tpu.kernels.chip import CHIPS, Chip
+from dovetail_tpu.kernels.chip import CHIPS
 from dovetail_tpu.kernels.grouped_matmul import grouped_matmul
 from dovetail_tpu.kernels.product_tiles import groups_by_step
 from dovetail_tpu.kernels.quantized_matmul import Weight, quantized_matmul
 from dovetail_tpu.kernels.rms_norm import reads_once, rms_norm
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, the chips' compiler, is not installed"),
-]
+pytestmark = pytest.mark.slow
+on_every_chip = pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 FP8 = jnp.float8_e4m3fn
 WEIGHTS = {  # codes, group, and whether rows are quantized
     "int8": (jnp.int8, None, True),
@@ -40,14 +33,9 @@ WEIGHTS = {  # codes, group, and whether rows are quantized
 SIZES = {"decodes": (64, 4096, 14336), "prefill": (2048, 11008, 4096)}
 
 
-def compile_on(chip: Chip, function, *arrays):
-    """Compile for one device; arrays are shapes and dtypes."""
-    devices = topologies.get_topology_desc(TOPOLOGIES[chip.name], "tpu").devices
-    mesh = Mesh(np.array(devices[:1]), ("x",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    arrays = [array and jax.ShapeDtypeStruct(*array, sharding=sharding) for array in arrays]
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
+def cases(some, *values):
+    """All combinations of values, of which some are compiled by ``make test-tpu-aot`` as well."""
+    return [pytest.param(*case, marks=pytest.mark.aot if case in some else ()) for case in itertools.product(*values)]
 
 
 def arrays_of(name: str, rows: int, inputs: int, outputs: int, experts: int = 1):
@@ -68,10 +56,16 @@ def arrays_of(name: str, rows: int, inputs: int, outputs: int, experts: int = 1)
     return arrays, group
 
 
-@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_products_compile(chip, name, size):
+@on_every_chip
+@pytest.mark.parametrize(
+    ("name", "size"),
+    cases(
+        [*((name, "decodes") for name in WEIGHTS), *((name, "prefill") for name in ("int8", "fp8 in blocks", "pairs"))],
+        WEIGHTS,
+        SIZES,
+    ),
+)
+def test_products_compile(compile_on, chip, name, size):
     arrays, group = arrays_of(name, *SIZES[size])
 
     def function(x_TI, x_scale_TG, codes, scale, zero):
@@ -84,10 +78,12 @@ def test_products_compile(chip, name, size):
         assert compiled.memory_analysis().temp_size_in_bytes < math.prod(arrays[2][0]) / 16
 
 
-@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
-@pytest.mark.parametrize("rows", [16, 1024])
-@pytest.mark.parametrize("name", ["int8", "fp8 in blocks", "pairs"])
-def test_products_of_quantized_experts_compile(chip, rows, name):
+@on_every_chip
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    cases([("int8", 1024), ("fp8 in blocks", 16), ("pairs", 16)], ("int8", "fp8 in blocks", "pairs"), (16, 1024)),
+)
+def test_products_of_quantized_experts_compile(compile_on, chip, name, rows):
     arrays, group = arrays_of(name, rows, 4096, 14336, experts=8)
 
     def function(x_NI, x_scale_NG, codes, scale, zero, starts_E1):
@@ -99,10 +95,9 @@ def test_products_of_quantized_experts_compile(chip, rows, name):
     assert compiled.memory_analysis().temp_size_in_bytes < math.prod(arrays[2][0])
 
 
-@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
-@pytest.mark.parametrize("tokens", [16, 512])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_mixtures_compile(chip, tokens, dtype):
+@on_every_chip
+@pytest.mark.parametrize(("tokens", "dtype"), cases([(16, jnp.bfloat16)], (16, 512), (jnp.bfloat16, jnp.float32)))
+def test_mixtures_compile(compile_on, chip, tokens, dtype):
     stack = (8, 2 * 7168, 4096), (8, 4096, 7168)
     compiled = compile_on(
         chip,
@@ -116,9 +111,10 @@ def test_mixtures_compile(chip, tokens, dtype):
     assert compiled.memory_analysis().temp_size_in_bytes < math.prod(stack[1]) * jnp.dtype(dtype).itemsize
 
 
-@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+@pytest.mark.aot
+@on_every_chip
 @pytest.mark.parametrize(("dtype", "group"), [(None, None), ("int8", None), ("float8_e4m3fn", 128)])
-def test_norms_compile(chip, dtype, group):
+def test_norms_compile(compile_on, chip, dtype, group):
     tokens, width = 8192, 4096
     assert reads_once(chip, tokens, width, 2, group)
 
