@@ -107,7 +107,7 @@ def test_dozens_of_tokens(dtype, bias, inputs, outputs, gated):
 
 
 @needs_hopper
-def test_large_weights_meet_dozens_of_tokens(monkeypatch):
+def test_weights_meet_dozens_of_tokens(monkeypatch):
     x, weight = randn(48, 4096, dtype=torch.bfloat16), randn(4096, 4096, dtype=torch.bfloat16, seed=1) / 64
     for product in (linear, linear_silu_and_mul):
         ours = product(x, weight)

@@ -153,14 +153,13 @@ def tile(
     """How to cut a step of this size; every argument is known from the bucket."""
     per_request = -(-tokens // max(1, requests)) if tokens <= FEW else tokens
     block = max(16, triton.next_power_of_2(size))
-    is_short = per_request <= 8  # decodes and drafts are bound by memory, prompts by arithmetic
     rows = triton.next_power_of_2(group * min(per_request, 128))
     rows = min(max(16, rows), most_rows(size, itemsize))
     rows = max(rows, triton.next_power_of_2(group))
     tiles = kv_heads * min(tokens, max(requests, -(-tokens // (rows // group))))  # most that have tokens, about
     widest = max(16, 32768 // (block * itemsize))
     splits = max(1, min(MAX_SPLITS, 2 * processors // max(1, tiles), -(-context // min(64, widest))))
-    keys = min(widest, 32 if is_short and splits == 1 else 64)
+    keys = min(widest, 64)
     return Tiling(rows=rows, keys=keys, splits=splits, warps=8 if rows >= 128 or splits > 1 else 4, stages=2)
 
 

@@ -1,4 +1,4 @@
-"""Products of a large weight with some dozens of tokens on Hopper, which are bound by the weight's bytes.
+"""Products of a weight with some dozens of tokens on Hopper, which are bound by the weight's bytes.
 
 A program computes a tile of outputs for all tokens, and walks through the inputs. The copy engine keeps its next steps
 under way, and has fetched the first ones' weights when the kernel before ends.

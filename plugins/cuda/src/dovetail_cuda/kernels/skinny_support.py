@@ -13,15 +13,17 @@ from dovetail_cuda.kernels.prompt_support import has_engine
 MOST = 64
 """Tokens of a product; fewer are filled up."""
 DOZENS = 33
-"""Tokens from which every large weight gains; with fewer only the widest do, those of output heads."""
-FEWEST = 2**24
-"""Elements of weights that memory is slow enough for."""
+"""Tokens from which every weight but the smallest gains; with fewer only the widest do, those of output heads."""
+FEWEST = 2**18
+"""Elements of weights that there are enough tiles of."""
 ALIGNED = 16
 """Bytes, of whose multiples the copy engine takes addresses and distances between rows."""
 WIDE = 65536
 """Outputs from which a weight is an output head."""
 LONG = 8192
 """Inputs from which two programs share a tile's."""
+MOST_SPLITS, LEAST_INPUTS = 4, 512
+"""Programs that share a tile's, where there are too few tiles; and the inputs that each of them should have."""
 PROCESSORS = 132
 """Of the GPUs that this was measured on."""
 ENOUGH = 92
@@ -48,7 +50,7 @@ class Tiling:
 
 
 def suits(x_TI: Tensor, weight_OI: Tensor) -> bool:
-    """Whether there are dozens of tokens, and a large weight that the copy engine can read."""
+    """Whether there are dozens of tokens, and a weight that the copy engine can read."""
     return (
         (DOZENS if len(weight_OI) <= WIDE else 1) <= len(x_TI) <= MOST
         and has_engine(x_TI.device)
@@ -68,8 +70,12 @@ def _is_aligned(matrix: Tensor) -> bool:
 def tile(outputs: int, inputs: int, gated: bool) -> Tiling:
     """How to cut a product with so many outputs, those of gates and what they are multiplied with together."""
     rows = next((rows for rows in (256, 128, 64) if (gated or rows < 256) and -(-outputs // rows) >= ENOUGH), 32)
-    splits = 1 + (not gated and inputs >= LONG and rows < 128)
-    rows *= splits
+    splits = 1
+    if not gated and rows < 128:
+        if inputs >= LONG:
+            rows, splits = 2 * rows, 2
+        else:
+            splits = max(1, min(MOST_SPLITS, PROCESSORS // -(-outputs // rows), inputs // LEAST_INPUTS))
     programs, block = splits * -(-outputs // rows), 128
     room = ROOM if programs <= PROCESSORS else ROOM // 2
     return Tiling(rows, block, max(2, room // (2 * block * (rows + MOST))), splits)
