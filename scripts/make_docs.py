@@ -23,6 +23,7 @@ import lifecycle
 import support
 
 from dovetail import env, hookspecs
+from dovetail.cli import plugin_commands
 from dovetail.cli.bench.group import bench
 from dovetail.cli.main import cli
 from dovetail.contracts import API_VERSIONS
@@ -30,14 +31,14 @@ from dovetail.contracts.executor import Executor
 from dovetail.contracts.ops import OpTable
 from dovetail.ops import reference
 from dovetail.options import EngineOptions, ServerOptions, flag
-from dovetail.plugins.host import HOOKS, Hook
+from dovetail.plugins.host import BUILTIN, HOOKS, Hook
 from dovetail.plugins.manifest import Manifest
 
 DOCS = Path(__file__).parents[1] / "docs"
 FOLDER = DOCS / "reference"
 NOTICE = "<!-- Written by scripts/make_docs.py from the code. Do not edit. -->\n"
 KINDS = {"int": "whole number", "float": "number", "str": "text", "bool": "switch"}
-CONTRACT = re.compile(r":class:`(dovetail\.contracts\.\w+)\.(\w+)`")
+CONTRACT = re.compile(r":class:`([\w.]+)\.(\w+)`")
 
 
 def main() -> None:
@@ -64,7 +65,8 @@ def plugin_pages() -> dict[Path, str]:
     """The pages on contracts, each with its lifecycle drawn anew."""
     drawn: dict[str, tuple[type, str | None]] = {"executor": (Executor, None)}
     for hook in HOOKS:
-        drawn[hook.contract] = (contract_of(hook), hook.name)
+        if methods(contract_of(hook)):
+            drawn[hook.contract] = (contract_of(hook), hook.name)
     paths = {DOCS / "plugins" / f"{name}.md": contract for name, contract in drawn.items()}
     return {path: lifecycle.fill(path.read_text(encoding="utf-8"), *contract) for path, contract in paths.items()}
 
@@ -103,20 +105,18 @@ def hook_section(hook: Hook) -> str:
     contract = contract_of(hook)
     summary, _, facts = doc.partition("\n\n")
     page = hook.contract
-    return "\n".join(
-        [
-            f"## {hook.name}\n",
-            f"{plain(summary)} Guide: [{page}.md](../plugins/{page}.md).\n",
-            table(("fact", "value"), [part.split(": ", 1) for part in re.split(r"\.\s+", plain(facts).rstrip("."))]),
-            manifest_section(hook.manifest, "Manifest"),
-            f"### Contract: `{contract.__name__}`, version {API_VERSIONS[hook.contract]}\n",
-            f"`{contract.__module__}`. {first_line(contract)}\n",
-            table(
-                ("method", "meaning"),
-                [[f"`{signature(contract, name)}`", method_line(contract, name)] for name in methods(contract)],
-            ),
-        ]
-    )
+    parts = [
+        f"## {hook.name}\n",
+        f"{plain(summary)} Guide: [{page}.md](../plugins/{page}.md).\n",
+        table(("fact", "value"), [part.split(": ", 1) for part in re.split(r"\.\s+", plain(facts).rstrip("."))]),
+        manifest_section(hook.manifest, "Manifest"),
+        f"### Contract: `{contract.__name__}`, version {API_VERSIONS[hook.contract]}\n",
+    ]
+    if not methods(contract):
+        return "\n".join([*parts, f"`{contract.__module__}`, as it is; there is nothing to define.\n"])
+    rows = [[f"`{signature(contract, name)}`", method_line(contract, name)] for name in methods(contract)]
+    parts.append(f"`{contract.__module__}`. {first_line(contract)}\n")
+    return "\n".join([*parts, table(("method", "meaning"), rows)])
 
 
 def manifest_section(manifest: type[Manifest], title: str) -> str:
@@ -129,9 +129,8 @@ def manifest_section(manifest: type[Manifest], title: str) -> str:
         if field.name not in inherited
     ]
     level = "##" if manifest is Manifest else "###"
-    return "\n".join(
-        [f"{level} {title}: `{manifest.__name__}`\n", table(("field", "type", "default", "meaning"), rows)]
-    )
+    body = table(("field", "type", "default", "meaning"), rows) if rows else "Nothing beyond those of every manifest.\n"
+    return "\n".join([f"{level} {title}: `{manifest.__name__}`\n", body])
 
 
 def attributes(cls: type) -> Iterator[tuple[str, str]]:
@@ -183,10 +182,11 @@ def options() -> str:
     parts = [
         NOTICE,
         "# Options\n",
-        "Options of the engine are taken by `serve`, `generate`, `explain`, `doctor`, `bench throughput`, `bench "
-        "latency` and `bench startup`, and as keyword arguments by `LLM`. A YAML file takes the same names: "
-        "`dovetail serve --config FILE.yaml`, with one `option: value` per line; dashes and underscores are the same. "
-        "The command line comes before the file, and the file before the defaults. An unknown key is an error.\n",
+        "Options of the engine are taken by `serve`, `generate`, `warmup`, `explain`, `doctor`, `plan`, `bench "
+        "throughput`, `bench latency` and `bench startup`, and as keyword arguments by `LLM`. A YAML file takes the "
+        "same names: `dovetail serve --config FILE.yaml`, with one `option: value` per line; dashes and underscores "
+        "are the same. The command line comes before the file, and the file before the defaults. An unknown key is an "
+        "error.\n",
         "## Engine\n",
         option_table(EngineOptions),
         "## Server\n",
@@ -196,6 +196,7 @@ def options() -> str:
         command_table(cli),
     ]
     shared = {field.name for cls in (EngineOptions, ServerOptions) for field in fields(cls)}
+    origins = {entry.name: entry.distribution for entry in support.registries().commands if entry.plugin != BUILTIN}
     for name, command in commands():
         takes_engine = any(parameter.name == "block_size" for parameter in command.params)
         own = [p for p in command.params if not (takes_engine and p.name in shared - {"log_level"})]
@@ -203,6 +204,7 @@ def options() -> str:
         if takes_server:
             own = [p for p in own if p.name not in shared]
         summary = plain((command.help or "").split("\n\n")[0])
+        summary += f" It comes with {origins[name]}." if name in origins else ""
         also = " Takes the engine's and the server's options, and:" if takes_server else (
             " Takes the engine's options, and:" if takes_engine else ""
         )  # fmt: skip
@@ -225,11 +227,11 @@ def option_table(cls: type) -> str:
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
-    """Every command, those of ``bench`` included."""
+    """Every command of the plugins of this repository, those of ``bench`` included."""
     context = click.Context(cli)
-    for name in cli.list_commands(context):
-        if name != "bench":
-            yield name, cli.get_command(context, name)
+    for entry in support.registries().commands:
+        if entry.name != "bench":
+            yield entry.name, plugin_commands.load(entry)
     for name in bench.list_commands(context):
         command = bench.get_command(context, name)
         assert command is not None

@@ -35,6 +35,7 @@ def page(notice: str, table: Table) -> str:
         "Number formats": formats(found, table),
         "Speculators": speculators(found, table),
         "Model families": families(found, table),
+        "Commands": table(("command", "what"), [named(entry) for entry in found.commands]),
     }
     return "\n".join([notice, "# Support\n", INTRO.strip() + "\n", *(f"## {k}\n\n{v}" for k, v in sections.items())])
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("page", [pytest.param("model", marks=pytest.mark.slow), "quant", "specdec"])
+@pytest.mark.parametrize("page", [pytest.param("model", marks=pytest.mark.slow), "quant", "specdec", "command"])
 def test_example_conforms(installed, page):
     site = installed(f"docs/plugins/{page}.md").site
     (site / "pytest.ini").write_text("[pytest]\n")

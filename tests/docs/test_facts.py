@@ -20,7 +20,6 @@ from dovetail.server.app import create_app
 from dovetail.server.metrics import Metrics
 from dovetail.server.protocol import _IGNORED, _UNSUPPORTED, ChatBody, CompletionBody, GenerationBody
 from dovetail.testing import engine_config
-from dovetail_tpu.plan import command as plan
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "core/src/dovetail"
@@ -44,7 +43,6 @@ def commands():
     yield cli
     for group, names in ((cli, cli.list_commands(context)), (bench, bench.list_commands(context))):
         yield from (group.get_command(context, name) for name in names)
-    yield plan
 
 
 def anchors(page):

@@ -150,6 +150,24 @@ def test_coupled_drafts_are_what_is_sampled(read_page):
     assert torch.equal(snippet["draft"](logits, temperature, requests, requests * 7), reference.sample(logits, params))
 
 
+def test_command(installed, server, capsys):
+    page = installed("docs/plugins/command.md")
+    assert re.search(r"ping +Ask a running server whether it is well\. \(plugin 'ping'\)", page.dovetail("--help"))
+    asking = next(arguments for arguments in page.page.dovetail("ping") if "--url" in arguments)
+    assert page.dovetail(*asking[:-1], server.url) == "It is well.\n"
+    assert run(["ping", "--url", "http://127.0.0.1:1"]) == 1
+    assert "error: Nothing answers at http://127.0.0.1:1 (" in capsys.readouterr().err
+
+
+def test_engine_options_of_a_command(read_page, capsys):
+    names = {}
+    (code,) = read_page("docs/plugins/command.md").blocks("python")
+    exec(code, names)
+    names["show"].main([], standalone_mode=False)
+    names["show"].main(["a/model", "--max-model-len", "64", "--json"], standalone_mode=False)
+    assert capsys.readouterr().out == "whatever fits\n64\n"
+
+
 def test_executor(read_page, tmp_path, capsys):
     page = read_page("docs/plugins/executor.md")
     (file,) = page.files()

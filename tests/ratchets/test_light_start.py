@@ -8,6 +8,8 @@ import pytest
 
 HEAVY = (
     "torch",
+    "jax",
+    "torchax",
     "transformers",
     "numpy",
     "starlette",
@@ -42,6 +44,7 @@ def loaded_after(statement):
         ["bench", "--help"],
         ["bench", "serve", "--help"],
         ["doctor", "--help"],
+        ["plan", "--help"],
     ],
 )
 def test_help_imports_nothing_heavy(arguments):

@@ -36,6 +36,7 @@ COMMANDS = {
     "conformance": names("plugin kinds names form output"),
     "doctor": ["config", *ENGINE, *SERVER, "as_json"],
     "new": names("kind name path"),
+    "plan": ["config", *ENGINE, "name", "as_json"],
     "bench throughput": [*RUN, "num_prompts", *WORKLOAD, "as_json"],
     "bench latency": [*RUN, "runs", *WORKLOAD, "as_json"],
     "bench serve": [*names("url api_key model num_prompts concurrency request_rate seed"), *WORKLOAD, "as_json"],

@@ -23,6 +23,7 @@ import pluggy
 if TYPE_CHECKING:
     from dovetail.plugins.manifest import (
         AttentionManifest,
+        CommandManifest,
         ModelManifest,
         PlatformManifest,
         QuantManifest,
@@ -88,6 +89,14 @@ def dovetail_register_quant_methods(register: Register[QuantManifest]) -> None:
 @hookspec
 def dovetail_register_spec_decoders(register: Register[SpecDecoderManifest]) -> None:
     """Register speculators: subclasses of :class:`dovetail.contracts.specdec.SpecDecoder`.
+
+    Process: the one that discovers plugins. May raise: yes, recorded as this plugin's failure. Since: 0.1.
+    """
+
+
+@hookspec
+def dovetail_register_commands(register: Register[CommandManifest]) -> None:
+    """Register commands of ``dovetail``: instances of :class:`click.Command`, groups included.
 
     Process: the one that discovers plugins. May raise: yes, recorded as this plugin's failure. Since: 0.1.
     """

@@ -16,7 +16,7 @@ from dovetail.testing.conformance.catalogue import ALL, SUITES
 from dovetail.testing.conformance.run import run
 
 SOURCES = Path(dovetail.__file__).parent
-ALLOWED = {"dovetail", "torch", "pytest", "numpy", "msgspec", "__future__"}
+ALLOWED = {"dovetail", "torch", "pytest", "numpy", "msgspec", "click", "__future__"}
 
 
 def imported(path: Path) -> set[str]:

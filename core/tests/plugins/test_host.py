@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from dovetail.cli.commands import COMMANDS
 from dovetail.errors import ConfigError, PluginLoadError
 from dovetail.plugins.host import PluginHost
 from dovetail.testing.fake_plugins import install
@@ -62,7 +63,12 @@ def test_core_registers_its_own_parts_through_the_same_hooks(site):
     discovery = PluginHost().discover()
     builtin = status(discovery, "builtin")
     assert builtin.distribution == "dovetail-core"
-    assert builtin.provides == {"platforms": ("cpu",), "attention": ("cpu", "blocked", "reference"), "quant": ("none",)}
+    assert builtin.provides == {
+        "platforms": ("cpu",),
+        "attention": ("cpu", "blocked", "reference"),
+        "quant": ("none",),
+        "commands": tuple(COMMANDS),
+    }
     assert discovery.registries.platforms.get("cpu").plugin == "builtin"
 
 
@@ -89,6 +95,7 @@ ALL_HOOKS = {
     "dovetail_register_models": ("models", "ModelManifest(name='x', summary='', architectures=())"),
     "dovetail_register_quant_methods": ("quant", "QuantManifest(name='x', summary='')"),
     "dovetail_register_spec_decoders": ("spec_decoders", "SpecDecoderManifest(name='x', summary='')"),
+    "dovetail_register_commands": ("commands", "CommandManifest(name='x', summary='')"),
 }
 
 

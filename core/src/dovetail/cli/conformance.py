@@ -18,7 +18,7 @@ from dovetail.plugins.host import PluginHost
 if TYPE_CHECKING:
     from dovetail.testing.conformance.report import Report
 
-KINDS = ("platform", "attention", "model", "quant", "specdec")
+KINDS = ("platform", "attention", "model", "quant", "specdec", "command")
 
 
 @click.command()

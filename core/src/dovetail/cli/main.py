@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn
@@ -13,26 +13,8 @@ from typing import Any, NoReturn
 import click
 
 from dovetail import __version__
+from dovetail.cli.commands import COMMANDS
 from dovetail.errors import ConfigError, DovetailError, PluginError
-
-COMMANDS = {
-    "serve": ("dovetail.cli.serve:serve", "Serve a model over the OpenAI-compatible HTTP API."),
-    "chat": ("dovetail.cli.chat:chat", "Talk to a running server."),
-    "generate": ("dovetail.cli.generate:generate", "Complete prompts without a server."),
-    "bench": (
-        "dovetail.cli.bench.group:bench",
-        "Measure throughput, latency, a running server, or start-up.",
-    ),
-    "warmup": ("dovetail.cli.warmup:warmup", "Compile what a model needs, for later starts, and exit."),
-    "plugins": ("dovetail.cli.plugins:plugins", "List installed plugins and what they provide."),
-    "explain": ("dovetail.cli.explain:explain", "Show what would run a model, and why."),
-    "doctor": ("dovetail.cli.doctor.command:doctor", "Check whether this machine can serve, and say what to do."),
-    "conformance": (
-        "dovetail.cli.conformance:conformance",
-        "Run the conformance suites of everything that an installed plugin registers.",
-    ),
-    "new": ("dovetail.cli.new:new", "Write a plugin package that runs, to start from."),
-}
 
 
 class LazyGroup(click.Group):
@@ -53,9 +35,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
         """Import one command; an unknown name is a usage error with the nearest one."""
         if cmd_name not in self.lazy:
-            near = get_close_matches(cmd_name, self.lazy, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            ctx.fail(f"No such command {cmd_name!r}.{hint}")
+            _unknown(ctx, cmd_name, self.lazy)
         module, _, attribute = self.lazy[cmd_name][0].partition(":")
         command = getattr(import_module(module), attribute)
         assert isinstance(command, click.Command)
@@ -67,20 +47,72 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, line) for name, (_, line) in self.lazy.items()])
 
 
-@click.group(cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+def _unknown(ctx: click.Context, name: str, known: Iterable[str], hints: Iterable[str] = ()) -> NoReturn:
+    near = get_close_matches(name, list(known), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    ctx.fail(" ".join([f"No such command {name!r}.{hint}", *hints]))
+
+
+class Commands(LazyGroup):
+    """The core's commands, and those of plugins, which are discovered only for a name that the core does not have."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The core's names, then those of plugins."""
+        from dovetail.cli import plugin_commands
+
+        return [entry.name for entry in plugin_commands.discover().commands]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+        """Import one command; an unknown name is a usage error with the nearest one, and with plugins that failed."""
+        if cmd_name in self.lazy:
+            return super().get_command(ctx, cmd_name)
+        from dovetail.cli import plugin_commands
+
+        registry = plugin_commands.discover().commands
+        if cmd_name not in registry:
+            _unknown(ctx, cmd_name, registry.names(), registry.hints)
+        return plugin_commands.load(registry.get(cmd_name))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the core's commands, and those of plugins with their plugin, without importing any."""
+        from dovetail.cli import plugin_commands
+
+        super().format_commands(ctx, formatter)
+        added, note = plugin_commands.listing()
+        if added or note:
+            with formatter.section("Commands of plugins"):
+                formatter.write_dl([*added, ("", note)] if note else added)
+
+
+def _export(variable: str) -> Any:
+    """Sets an environment variable as soon as the option is read: which commands there are depends on it."""
+
+    def callback(ctx: click.Context, parameter: click.Parameter, value: str | bool | None) -> None:
+        if value is not None and value is not False:
+            os.environ[variable] = "1" if value is True else str(value)
+
+    return {"callback": callback, "is_eager": True, "expose_value": False}
+
+
+@click.group(cls=Commands, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="dovetail", help="Show the version and exit.")
-@click.option("--plugins", metavar="NAMES", help="Load these plugins only; sets DOVETAIL_PLUGINS.")
-@click.option("--disable-plugins", metavar="NAMES", help="Leave these out; sets DOVETAIL_DISABLE_PLUGINS.")
-@click.option("--trace-hooks", is_flag=True, help="Print every hook call; sets DOVETAIL_TRACE_HOOKS.")
-def cli(plugins: str | None, disable_plugins: str | None, trace_hooks: bool) -> None:
+@click.option(
+    "--plugins", metavar="NAMES", help="Load these plugins only; sets DOVETAIL_PLUGINS.", **_export("DOVETAIL_PLUGINS")
+)
+@click.option(
+    "--disable-plugins",
+    metavar="NAMES",
+    help="Leave these out; sets DOVETAIL_DISABLE_PLUGINS.",
+    **_export("DOVETAIL_DISABLE_PLUGINS"),
+)
+@click.option(
+    "--trace-hooks",
+    is_flag=True,
+    help="Print every hook call; sets DOVETAIL_TRACE_HOOKS.",
+    **_export("DOVETAIL_TRACE_HOOKS"),
+)
+def cli() -> None:
     """Serve large language models on any accelerator."""
-    for variable, value in (
-        ("DOVETAIL_PLUGINS", plugins),
-        ("DOVETAIL_DISABLE_PLUGINS", disable_plugins),
-        ("DOVETAIL_TRACE_HOOKS", "1" if trace_hooks else None),
-    ):
-        if value is not None:
-            os.environ[variable] = value
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ _NOUNS = {
     "models": "models",
     "quant": "quantization",
     "spec_decoders": "speculation",
+    "commands": "commands",
 }
 
 

@@ -13,6 +13,7 @@ API_VERSIONS = {
     "quant": 1,
     "specdec": 1,
     "executor": 1,
+    "command": 1,
 }
 """The version of each contract that this core speaks."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dovetail.cli.commands import COMMANDS
 from dovetail.hookspecs import Register, hookimpl
-from dovetail.plugins.manifest import AttentionManifest, PlatformManifest, QuantManifest
+from dovetail.plugins.manifest import AttentionManifest, CommandManifest, PlatformManifest, QuantManifest
 
 OPS = frozenset(
     {"rms_norm", "add_rms_norm", "rotary", "silu_and_mul", "linear_pack", "linear", "embedding", "sample"}
@@ -82,3 +83,10 @@ def dovetail_register_quant_methods(register: Register[QuantManifest]) -> None:
         QuantManifest(name="none", summary="Plain weights, in the activation dtype.", priority=-100, experts=True),
         "dovetail.layers.linear:Unquantized",
     )
+
+
+@hookimpl
+def dovetail_register_commands(register: Register[CommandManifest]) -> None:
+    """The core's commands, so that no plugin takes a name of theirs."""
+    for name, (target, summary) in COMMANDS.items():
+        register(CommandManifest(name=name, summary=summary), target)

@@ -145,3 +145,8 @@ class SpecDecoderManifest(Manifest):
     defaults: Mapping[str, object] = field(default_factory=dict)
     needs: frozenset[str] = frozenset({"verify"})
     device_types: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommandManifest(Manifest):
+    """A command of ``dovetail``; ``summary`` is its line in ``dovetail --help``."""

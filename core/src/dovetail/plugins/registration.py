@@ -14,6 +14,7 @@ from dovetail.contracts import API_VERSIONS, accepted
 from dovetail.errors import PluginLoadError
 from dovetail.plugins.manifest import (
     AttentionManifest,
+    CommandManifest,
     Manifest,
     ModelManifest,
     PlatformManifest,
@@ -42,6 +43,7 @@ HOOKS = (
     Hook("dovetail_register_models", "models", ModelManifest, "model"),
     Hook("dovetail_register_quant_methods", "quant", QuantManifest, "quant"),
     Hook("dovetail_register_spec_decoders", "spec_decoders", SpecDecoderManifest, "specdec"),
+    Hook("dovetail_register_commands", "commands", CommandManifest, "command"),
 )
 
 

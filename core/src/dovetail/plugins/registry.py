@@ -15,6 +15,7 @@ import msgspec
 from dovetail.errors import PluginConflictError, PluginLoadError, UnknownNameError
 from dovetail.plugins.manifest import (
     AttentionManifest,
+    CommandManifest,
     Manifest,
     ModelManifest,
     PlatformManifest,
@@ -212,6 +213,7 @@ class Registries(msgspec.Struct, kw_only=True):
     spec_decoders: Registry[SpecDecoderManifest] = msgspec.field(
         default_factory=lambda: Registry(kind="speculative method")
     )
+    commands: Registry[CommandManifest] = msgspec.field(default_factory=lambda: Registry(kind="command"))
     plugins: tuple[PluginStatus, ...] = ()
 
     def by_kind(self) -> dict[str, Registry[Any]]:
@@ -222,6 +224,7 @@ class Registries(msgspec.Struct, kw_only=True):
             "models": self.models,
             "quant": self.quant,
             "spec_decoders": self.spec_decoders,
+            "commands": self.commands,
         }
 
     def freeze(self, plugins: tuple[PluginStatus, ...]) -> None:

@@ -1,5 +1,5 @@
-"""``python -m dovetail_tpu.plan --tpu SLICE MODEL``: whether a model, its context and its batch fit on a slice, and
-over how many of its devices.
+"""``dovetail plan --tpu SLICE MODEL``: whether a model, its context and its batch fit on a slice, and over how many of
+its devices.
 
 Nothing is loaded and no chip is there: the largest step is compiled for the slice, and its compiler says what it takes.
 """
@@ -8,20 +8,30 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import click
 
-from dovetail.cli.options import with_options
+from dovetail.cli.options import json_option, with_options
+from dovetail.cli.section_options import EngineCommand
 from dovetail.config import EngineConfig
-from dovetail.errors import ConfigError, DovetailError
+from dovetail.errors import ConfigError
 from dovetail.options import EngineOptions
 from dovetail.plugins.host import PluginHost
+from dovetail.plugins.requirements import explain_unmet
 from dovetail.resolver import resolve
 from dovetail.sizes import size
+from dovetail_tpu import bridges
 from dovetail_tpu.slices import Slice, slice_of
+
+if TYPE_CHECKING:
+    from dovetail_tpu.trial import Trial
+
+NEEDS = (*bridges.NEEDS["jax"], "libtpu")
+BUNDLE = "dovetail-tpu[jax,aot]"
+"""What brings all of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +41,8 @@ class Mesh:
     Attributes:
         devices: of the mesh.
         weights: bytes, with the inputs of a step.
-        cache: bytes of as many full contexts as may run.
-        room: bytes that programs may use.
+        cache: bytes of as many full contexts as may run, or of what ``--kv-cache-memory`` says.
+        room: bytes that an engine may take: ``--memory-fraction`` of the device's.
         temp: bytes that the largest step takes besides; None if weights and cache alone do not fit.
         code: bytes of all programs, none larger than that one's.
         tokens: of context that fit beside weights and step; None if it was not compiled.
@@ -59,42 +69,73 @@ class Mesh:
         return not self.fault
 
 
-def plan(config: EngineConfig, target: Slice, devices: int | None = None) -> list[Mesh]:
+def plan(config: EngineConfig, target: Slice) -> list[Mesh]:
     """The meshes that were looked at, fewest devices first; if one fits, it is the last.
 
     Args:
-        config: of an engine on platform ``tpu``.
+        config: of an engine on platform ``tpu``; a number of devices in it is the only mesh that is looked at.
         target: the slice.
-        devices: look at a mesh of so many alone.
+
+    Raises:
+        ConfigError: the slice has not so many devices, or what decides is not counted here.
     """
-    counts = [n for n in range(1, target.devices + 1) if target.devices % n == 0] if devices is None else [devices]
+    if config.draft is not None:
+        raise ConfigError("What a draft model takes is not counted: leave out --speculative-config, and leave room.")
     meshes: list[Mesh] = []
-    for count in counts:
+    for count in _counts(config, target):
         meshes.append(_mesh(config, target, count))
         if meshes[-1].fits:
             break
     return meshes
 
 
+def _counts(config: EngineConfig, target: Slice) -> list[int]:
+    asked = str(config.platform_options["devices"])
+    if asked == bridges.AUTO:
+        return [n for n in range(1, target.devices + 1) if target.devices % n == 0]
+    if asked.isdecimal() and 1 <= int(asked) <= target.devices:
+        return [int(asked)]
+    raise ConfigError(
+        f"--tpu-devices is {asked}, and {target.name} has {target.devices}; give a number from 1 to that, or none."
+    )
+
+
 def _mesh(config: EngineConfig, target: Slice, devices: int) -> Mesh:
     from dovetail_tpu.trial import Trial  # torch and JAX, which a wrong name of a slice should not wait for
 
-    room = target.chip.hbm_bytes
+    room = _room(config, target)
     try:
         trial = Trial(config, target, devices)
     except ConfigError as error:
         return Mesh(devices=devices, weights=0, cache=0, room=room, fault=str(error))
-    mesh = Mesh(devices=devices, weights=trial.weight_bytes, cache=trial.full * trial.block_bytes, room=room)
+    blocks = _blocks(config, trial, devices)
+    mesh = Mesh(devices=devices, weights=trial.weight_bytes, cache=blocks * trial.block_bytes, room=room)
     if mesh.total > room:
         return replace(mesh, fault=_shortage(mesh))
+    if blocks <= (trial.full - 1) // config.max_num_seqs:
+        return replace(mesh, fault="The cache does not hold one request: raise --kv-cache-memory.")
     largest = (config.max_num_batched_tokens, config.max_num_seqs)
     try:
-        (program,) = trial.compile([largest], trial.full, ruled=True)
+        (program,) = trial.compile([largest], blocks, ruled=True)
     except ConfigError as error:
         return replace(mesh, fault=str(error))
     mesh = replace(mesh, temp=program.memory.temp, code=trial.programs * program.memory.code)
-    blocks = (room - mesh.total) // trial.block_bytes + trial.full - 1
-    return replace(mesh, tokens=blocks * config.block_size, fault=_shortage(mesh) if mesh.total > room else "")
+    tokens = ((room - mesh.total) // trial.block_bytes + blocks - 1) * config.block_size
+    return replace(mesh, tokens=tokens, fault=_shortage(mesh) if mesh.total > room else "")
+
+
+def _room(config: EngineConfig, target: Slice) -> int:
+    """As an engine counts: where somebody says how large the cache is, all of the device."""
+    from dovetail.runner.kv_memory import DEDICATED
+
+    share = DEDICATED if config.memory_fraction is None else config.memory_fraction
+    return target.chip.hbm_bytes if config.kv_cache_memory is not None else int(target.chip.hbm_bytes * share)
+
+
+def _blocks(config: EngineConfig, trial: Trial, devices: int) -> int:
+    if config.kv_cache_memory is None:
+        return trial.full
+    return config.kv_cache_memory // (devices * trial.block_bytes)
 
 
 def _shortage(mesh: Mesh) -> str:
@@ -110,9 +151,9 @@ def report(config: EngineConfig, target: Slice, meshes: Sequence[Mesh]) -> str:
     head = f"{'devices':>7}  {'weights':>10}  {'cache':>10}  {'step':>10}  {'taken':>10}  {'of':>10}"
     lines = [
         f"{config.model_name} on {target.name}: {target.chips} × {target.chip.name}, {target.devices} devices of "
-        f"{size(target.chip.hbm_bytes)} each",
+        f"{size(target.chip.hbm_bytes)} each, of which an engine takes {size(meshes[0].room)}",
         f"{config.max_num_seqs} requests × {config.max_model_len} tokens, steps of up to "
-        f"{config.max_num_batched_tokens} tokens, {config.dtype}",
+        f"{config.max_num_batched_tokens} tokens, {config.dtype}, weights {config.quant.name}, cache {config.kv_dtype}",
         "",
         head,
     ]
@@ -125,40 +166,31 @@ def report(config: EngineConfig, target: Slice, meshes: Sequence[Mesh]) -> str:
         return "\n".join([*lines, "", f"It does not fit: {last.fault}"])
     over = f"{last.devices} of {target.devices} devices"
     verdict = f"It fits over {over}, which have room for {last.tokens} tokens of context."
-    return "\n".join([*lines, "", verdict, f"Run it with --platform-config '{{\"devices\": {last.devices}}}'."])
+    return "\n".join([*lines, "", verdict, f"Run it with --tpu-devices {last.devices}."])
 
 
-@click.command(name="plan")
+@click.command(name="plan", cls=EngineCommand)
 @with_options(EngineOptions)
 @click.option("--tpu", "name", required=True, metavar="SLICE", help="The slice, e.g. v6e-8.")
-@click.option("--devices", type=click.IntRange(1), help="Look at a mesh of so many devices alone.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(options: EngineOptions, name: str, devices: int | None, as_json: bool) -> int:
-    """Say whether a model, its context and its batch fit on a TPU slice, without one."""
+@json_option
+def command(options: EngineOptions, name: str, as_json: bool) -> int:
+    """Say whether a model, its context and its batch fit on a TPU slice, without one.
+
+    The exit code is 0 if they do, and 1 if not.
+    """
     target = slice_of(name)
+    missing = explain_unmet(NEEDS, BUNDLE)
+    if missing:
+        raise ConfigError(f"Compiling for a chip that is not here {missing}.")
+    if options.platform not in ("auto", "tpu"):
+        raise ConfigError(f"--platform is {options.platform!r}, and --tpu asks about platform 'tpu'; drop one.")
     os.environ["JAX_PLATFORMS"] = "cpu"  # a chip that is there is left alone
     asked = replace(options, platform="tpu", load_format="dummy")
     config = resolve(asked, PluginHost().discover().registries)
-    meshes = plan(config, target, devices)
+    meshes = plan(config, target)
     if as_json:
         found = [asdict(mesh) | {"total": mesh.total, "fits": mesh.fits} for mesh in meshes]
         click.echo(json.dumps({"model": config.model_name, "slice": target.name, "meshes": found}, indent=2))
     else:
         click.echo(report(config, target, meshes))
     return 0 if meshes[-1].fits else 1
-
-
-def main() -> None:
-    """Run it as a program: 0 if it fits, 1 if not, 2 if it was asked wrongly."""
-    try:
-        sys.exit(command.main(standalone_mode=False))
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except DovetailError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

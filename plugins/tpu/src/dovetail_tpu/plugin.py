@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dovetail.hookspecs import Register, hookimpl
-from dovetail.plugins.manifest import AttentionManifest, PlatformManifest
+from dovetail.plugins.manifest import AttentionManifest, CommandManifest, PlatformManifest
 from dovetail_tpu import detect
 
 DTYPES = ("bfloat16", "float32")
@@ -79,3 +79,12 @@ def dovetail_register_attention_backends(register: Register[AttentionManifest]) 
             ),
             f"dovetail_tpu.attention:{target}",
         )
+
+
+@hookimpl
+def dovetail_register_commands(register: Register[CommandManifest]) -> None:
+    """What is asked before chips are rented."""
+    register(
+        CommandManifest(name="plan", summary="Say whether a model fits on a TPU slice, without one."),
+        "dovetail_tpu.plan:command",
+    )

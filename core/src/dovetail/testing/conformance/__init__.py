@@ -13,6 +13,7 @@ A test file of two statements runs one::
 from __future__ import annotations
 
 from dovetail.testing.conformance.attention import AttentionSuite
+from dovetail.testing.conformance.command import CommandSuite
 from dovetail.testing.conformance.executor import ExecutorManifest, ExecutorSuite
 from dovetail.testing.conformance.model import ModelSuite
 from dovetail.testing.conformance.ops import OpsSuite
@@ -24,6 +25,7 @@ from dovetail.testing.conformance.suite import Scenario, Suite, needs, scenarios
 
 __all__ = [
     "AttentionSuite",
+    "CommandSuite",
     "ExecutorManifest",
     "ExecutorSuite",
     "ModelSuite",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dovetail.testing.conformance.attention import AttentionSuite
+from dovetail.testing.conformance.command import CommandSuite
 from dovetail.testing.conformance.executor import ExecutorSuite
 from dovetail.testing.conformance.model import ModelSuite
 from dovetail.testing.conformance.ops import OpsSuite
@@ -17,6 +18,7 @@ SUITES: dict[str, tuple[type[Suite], ...]] = {
     "models": (ModelSuite,),
     "quant": (QuantSuite,),
     "spec_decoders": (SpecDecoderSuite,),
+    "commands": (CommandSuite,),
 }
 """By field of :class:`~dovetail.plugins.registry.Registries`."""
 

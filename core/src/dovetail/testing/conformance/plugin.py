@@ -109,9 +109,19 @@ def _part(discovery: Discovery, hook: Hook, entry: Entry[Any], on_result: Callab
 
 def _broken(hook: Hook, entry: Entry[Any]) -> str:
     """Why the registered target is no implementation of its contract; empty if it is one."""
+    if hook.contract not in _CONTRACTS:  # no class of ours
+        return _unimportable(entry)
     decision: Decision[Any] = Decision(part=hook.contract)
     load(entry, f"dovetail.contracts.{hook.contract}:{_CONTRACTS[hook.contract]}", decision)
     return " ".join(decision.broken)
+
+
+def _unimportable(entry: Entry[Any]) -> str:
+    try:
+        entry.load()
+    except PluginLoadError as error:
+        return str(error)
+    return ""
 
 
 def _classes(discovery: Discovery, hook: Hook, name: str) -> dict[str, type[Suite]]:

@@ -19,7 +19,7 @@ class Tested:
     """A class under test.
 
     Attributes:
-        cls: the class itself.
+        cls: the class itself; of a command, the command.
         manifest: what is declared about it.
         selection: the same as a resolved part, from which an engine builds it.
     """
@@ -57,8 +57,8 @@ def registered(name: str, registries: Registries | None = None) -> Subject:
     return _Registered(name, registries)
 
 
-def unregistered(cls: type, manifest: Manifest) -> Subject:
-    """A class that no plugin registers (yet), with the manifest that it would be registered with."""
+def unregistered(cls: Any, manifest: Manifest) -> Subject:
+    """A class (or a command) that no plugin registers (yet), with the manifest that it would be registered with."""
     return _Unregistered(cls, manifest)
 
 
@@ -83,16 +83,16 @@ class _Registered(Subject):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Unregistered(Subject):
-    cls: type
+    cls: Any
     manifest: Manifest
 
     def find(self, kind: str) -> Tested:
         return Tested(self.cls, self.manifest, selection_of(self.cls, self.manifest.name))
 
 
-def selection_of(cls: type, name: str) -> Selection:
+def selection_of(cls: Any, name: str) -> Selection:
     """A resolved part that stands for ``cls``, wherever in this process it is defined: in a test function, say."""
-    attribute = f"{cls.__name__}_{id(cls):x}"
+    attribute = f"{getattr(cls, '__name__', 'target')}_{id(cls):x}"
     setattr(sys.modules[__name__], attribute, cls)
     return Selection(
         name=name, target=f"{__name__}:{attribute}", distribution="(not installed)", version="0", why="tested"
