@@ -1,7 +1,9 @@
 """Programs execute on the host, whatever the machine has."""
 
+import jax
 import pytest
 
+jax.config.update("jax_platforms", "cpu")  # it has read its variable already
 COMPILER = "libtpu, the chips' compiler, is not installed"
 
 

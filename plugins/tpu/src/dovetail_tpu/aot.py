@@ -24,6 +24,7 @@ from dovetail_tpu.bridges.jax_bridge import JaxBridge
 from dovetail_tpu.bridges.lifting import Lifted
 from dovetail_tpu.bridges.protocol import ChipMemory, Step
 from dovetail_tpu.bridges.transfers import jax_dtype
+from dovetail_tpu.faults import refused
 from dovetail_tpu.slices import Slice
 from dovetail_tpu.topology import topology_devices
 
@@ -170,20 +171,3 @@ def _on_one_device(tensor: Any) -> tuple[int, ...]:
     array = tensor._elem
     shape: tuple[int, ...] = array.sharding.shard_shape(array.shape)
     return shape
-
-
-def refused(fault: str, chip: str) -> ConfigError:
-    """What a compiler's refusal means to those who chose the options."""
-    first = fault.splitlines()[0]
-    kind = next((kind for kind in ("hbm", "vmem", "smem") if kind in fault.lower()), "")
-    if kind == "hbm":
-        return ConfigError(
-            f"A step does not fit into the memory of {chip}. Lower --max-num-batched-tokens, --max-num-seqs or "
-            f"--kv-cache-memory, quantize the weights, or take more chips. ({first})"
-        )
-    if kind:
-        return ConfigError(
-            f"A kernel needs more of a core's own memory ({kind}) than {chip} has. Lower --block-size, "
-            f"--max-num-batched-tokens or --max-num-seqs, or split heads among more chips. ({first})"
-        )
-    return ConfigError(f"The compiler of {chip} refuses a step: report it to the authors of dovetail-tpu. ({first})")

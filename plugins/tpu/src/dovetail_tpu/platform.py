@@ -20,6 +20,7 @@ from dovetail.errors import ConfigError
 from dovetail.platforms.cpu import machine
 from dovetail_tpu import bridges, detect
 from dovetail_tpu.cache_key import cache_key
+from dovetail_tpu.faults import explained
 from dovetail_tpu.shapes import TpuShapes
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ class TpuPlatform(Platform):
             return value
         from dovetail_tpu.adopt import Adoption
 
-        adopted: T = Adoption(self._bridge).of(value)
+        with explained(self._bridge.device_kind, "The model"):
+            adopted: T = Adoption(self._bridge).of(value)
         return adopted
 
     def compile(self, step: StepFunction, bucket: Bucket) -> StepFunction:

@@ -18,6 +18,7 @@ from dovetail.tensors import leaves, replaced
 from dovetail_tpu.attention import Tables
 from dovetail_tpu.bridges.protocol import Bridge, Executable
 from dovetail_tpu.compile_pool import CompilePool
+from dovetail_tpu.faults import explained
 from dovetail_tpu.packing import Packing
 
 _logger = logging.getLogger("dovetail.tpu")
@@ -40,8 +41,13 @@ class Programs:
         self.compiled = 0
 
     def compile(self, traced: Any) -> Executable:
-        """In one of the pool's threads."""
-        executable: Executable = self.bridge.compile(traced)
+        """In one of the pool's threads.
+
+        Raises:
+            ConfigError: the chip's memories do not suffice.
+        """
+        with explained(self.bridge.device_kind, "A step"):
+            executable: Executable = self.bridge.compile(traced)
         self.largest_temp = max(self.largest_temp, executable.temp_bytes or 0)
         self.compiled += 1
         return executable

@@ -1,4 +1,4 @@
-"""Kernels run on the host, whatever the machine has, and compile for chips that it has not."""
+"""Kernels compile for chips that this machine has not."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dovetail_tpu.kernels.chip import Chip
 from dovetail_tpu.slices import SLICES
 from dovetail_tpu.topology import topology_devices
-
-jax.config.update("jax_platforms", "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,63 @@
+"""What those who chose the options are told when something does not fit."""
+
+import re
+
+import jax
+import pytest
+import torch
+
+from dovetail.contracts.platform import Bucket, PlatformConfig
+from dovetail.errors import ConfigError
+from dovetail_tpu.bridges.jax_bridge import JaxBridge
+from dovetail_tpu.faults import refused
+from dovetail_tpu.platform import TpuPlatform
+
+LACKS_HBM = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 32G of 15.75G hbm.\nand more"
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (LACKS_HBM, r"A step does not fit into the memory of v5e\..*take more chips"),
+        ("RESOURCE_EXHAUSTED: Attempting to allocate 2G. That was not possible.", "A step does not fit into"),
+        ("Ran out of memory in memory space vmem. It should not be possible", r"\(vmem\).*Lower --block-size"),
+        ("RESOURCE_EXHAUSTED: Mosaic failed to compile: scoped smem exceeded", r"\(smem\).*Raise --block-size"),
+        ("INTERNAL: bitcast of unknown kind", "report it to the authors of dovetail-tpu"),
+    ],
+)
+def test_refusals_say_what_to_change(fault, says):
+    with pytest.raises(ConfigError, match=rf"{says}.*\({re.escape(fault.splitlines()[0])}\)$"):
+        raise refused(fault, "v5e")
+
+
+@pytest.fixture
+def platform(monkeypatch):
+    platform = TpuPlatform(PlatformConfig())
+    monkeypatch.setattr(platform._bridge, "device_kind", "TPU v6 lite")
+    return platform
+
+
+def test_a_step_that_does_not_fit_is_refused_with_a_remedy(platform, monkeypatch):
+    monkeypatch.setattr(JaxBridge, "compile", fail(LACKS_HBM))
+    program = platform.compile(lambda x: (x,), Bucket(16, 1))
+    with pytest.raises(ConfigError, match=r"A step does not fit into the memory of v6e\. Lower --max-num-batched"):
+        program(torch.zeros(16))
+
+
+def test_a_model_that_does_not_fit_is_refused_with_a_remedy(platform, monkeypatch):
+    monkeypatch.setattr(JaxBridge, "adopt", fail(LACKS_HBM))
+    with pytest.raises(ConfigError, match=r"The model does not fit into the memory of v6e.*quantize"):
+        platform.adopt(torch.zeros(3))
+
+
+def test_other_faults_stay_what_they_are(platform, monkeypatch):
+    monkeypatch.setattr(JaxBridge, "adopt", fail("INTERNAL: no chip answers"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no chip answers"):
+        platform.adopt(torch.zeros(3))
+
+
+def fail(fault):
+    def failing(*given):
+        raise jax.errors.JaxRuntimeError(fault)
+
+    return failing
