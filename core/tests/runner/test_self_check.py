@@ -58,6 +58,27 @@ def test_narrow_cache_passes():
     check(BlockedAttention, kv_dtype="float8_e4m3fn")
 
 
+def in_127_steps(x_TNK):
+    scale_TN1 = x_TNK.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 127
+    return (x_TNK / scale_TN1).round() * scale_TN1
+
+
+@pytest.mark.parametrize("stored", [in_127_steps, torch.round], ids=["scaled", "not scaled"])
+def test_integers_in_the_cache_must_be_scaled(stored):
+    class Integers(ReferenceAttention):
+        def __init__(self, kv_dtype, **given):
+            super().__init__(kv_dtype=torch.float32, **given)
+
+        def forward(self, q, k, v, cache, metadata, spec):
+            return super().forward(q, stored(k), stored(v), cache, metadata, spec)
+
+    if stored is in_127_steps:
+        check(Integers, kv_dtype="int8")
+        return
+    with pytest.raises(PluginLoadError, match=r"with a KV cache of int8, but its output .* is off by"):
+        check(Integers, kv_dtype="int8")
+
+
 def test_padded_shapes_pass():
     check(ReferenceAttention, platform=LadderPlatform)
     check(BlockedAttention, platform=LadderPlatform)

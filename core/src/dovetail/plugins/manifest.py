@@ -66,7 +66,8 @@ class AttentionManifest(Manifest):
     Attributes:
         device_types: torch device types that it runs on.
         dtypes: activation dtypes it accepts.
-        kv_dtypes: storage dtypes of the KV cache; ``"auto"`` means the activation dtype.
+        kv_dtypes: storage dtypes of the KV cache; ``"auto"`` means the activation dtype. What is stored as integers the
+            backend scales itself.
         head_sizes: supported head sizes; empty means any.
         block_sizes: supported tokens per KV block; empty means any.
         sliding_window, soft_cap, mla, tree: optional capabilities, closed by default.

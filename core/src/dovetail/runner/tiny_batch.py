@@ -125,8 +125,8 @@ class TinyBatch:
         return torch.zeros(shape), torch.zeros(shape)
 
     def stored(self, x_TNK: Tensor) -> Tensor:
-        """Keys or values as the cache's dtype holds them, in float32."""
-        return x_TNK.to(self.kv_dtype).float()
+        """Keys or values as the cache's dtype holds them, in float32; as they are, where that is up to scales."""
+        return x_TNK.to(self.kv_dtype).float() if self.kv_dtype.is_floating_point else x_TNK
 
     def rotation(self, head_size: int) -> Preparation:
         """A layer that turns whole heads."""

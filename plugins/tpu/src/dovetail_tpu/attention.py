@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -27,9 +28,12 @@ from dovetail_tpu.kernels.ragged_attention import ragged_attention
 from dovetail_tpu.mesh import KV_SPEC, kv_shape, over_heads
 
 DTYPES = (torch.bfloat16, torch.float32)
-KV_DTYPES = (*DTYPES, torch.float8_e4m3fn)
+KV_DTYPES = (*DTYPES, torch.float8_e4m3fn, torch.int8)
 FEWEST_TOKENS, FEWEST_REQUESTS, FEWEST_COLUMNS = 64, 8, 8
 """That a call outside of compiled steps is padded to at least. Above, there are few sizes: each is a program."""
+
+Attend = Callable[..., tuple[Array, Array]]
+"""``(q_THK, k_TNK, v_TNK, kv_X2NK, *tables) -> (out_THK, kv_X2NK)``, with tables in the order of :class:`Tables`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ class TpuAttention(AttentionBackend):
         if is_outside:
             inputs = _padded(*inputs)
         static = self._static(inputs[0], inputs[3], spec)
-        (out_TE,) = self._bridge.apply(type(self)._attend, *inputs, states=[cache], **static)
+        (out_TE,) = self._bridge.apply(_attend, *inputs, states=[cache], **static)
         return out_TE[: len(q_THK)] if is_outside else out_TE
 
     def forward_projected(
@@ -130,71 +134,58 @@ class TpuAttention(AttentionBackend):
         if self._is_interpreted:
             cases = cases[-1:]  # the interpreter gains nothing by the other
         blocks = dict.fromkeys(attention_blocks(self._chip, case, shape) for case in cases)
-        return {"spec": spec, "page": self._page, "blocks": (*blocks,), "interpret": self._is_interpreted}
-
-    @staticmethod
-    def _attend(
-        kv_X2NK: Array,
-        q_THK: Array,
-        k_TNK: Array,
-        v_TNK: Array,
-        table_RB: Array,
-        starts_R1: Array,
-        lengths_R: Array,
-        slots_T: Array,
-        *,
-        spec: AttentionSpec,
-        page: int,
-        blocks: tuple[Blocks, ...],
-        interpret: bool,
-    ) -> tuple[Array, Array]:
-        """Store, then attend. Of two cuts, the first is for steps in which no request has more than a token."""
-
-        def attend(q_THK: Array, k_TNK: Array, v_TNK: Array, kv_X2NK: Array, *tables: Array) -> tuple[Array, Array]:
-            *tables_RB, slots_T = tables
-            kv_X2NK = kv_write(kv_X2NK, k_TNK, v_TNK, slots_T, page=page, interpret=interpret)
-            layer = _layer(spec, k_TNK.shape[1], page)
-
-            def by(cut: Blocks) -> Array:
-                return ragged_attention(q_THK, kv_X2NK, *tables_RB, **layer, blocks=cut, interpret=interpret)
-
-            if len(blocks) == 1:
-                return by(blocks[0]), kv_X2NK
-            starts_R1 = tables_RB[1]
-            are_single = (starts_R1[1:] - starts_R1[:-1]).max() <= 1
-            return lax.cond(are_single, lambda: by(blocks[0]), lambda: by(blocks[1])), kv_X2NK
-
-        out_THK, kv_X2NK = over_heads(attend)(q_THK, k_TNK, v_TNK, kv_X2NK, table_RB, starts_R1, lengths_R, slots_T)
-        return kv_X2NK, out_THK.reshape(len(q_THK), -1)
+        cuts = {"blocks": (*blocks,), "interpret": self._is_interpreted}
+        return {"attend": _in_pallas, "spec": spec, "page": self._page, **cuts}
 
 
 class TpuGatherAttention(TpuAttention):
     """The same in plain XLA, which gathers all pages of a request for each of its tokens."""
 
     def _static(self, q_THK: Tensor, table_RB: Tensor, spec: AttentionSpec) -> dict[str, Any]:
-        return {"spec": spec, "page": self._page}
+        return {"attend": _in_xla, "spec": spec, "page": self._page}
 
-    @staticmethod
-    def _attend(  # type: ignore[override]  # it is not cut
-        kv_X2NK: Array,
-        q_THK: Array,
-        k_TNK: Array,
-        v_TNK: Array,
-        table_RB: Array,
-        starts_R1: Array,
-        lengths_R: Array,
-        slots_T: Array,
-        *,
-        spec: AttentionSpec,
-        page: int,
-    ) -> tuple[Array, Array]:
-        def attend(q_THK: Array, k_TNK: Array, v_TNK: Array, kv_X2NK: Array, *tables: Array) -> tuple[Array, Array]:
-            *tables_RB, slots_T = tables
-            kv_X2NK = kv_scatter(kv_X2NK, k_TNK, v_TNK, slots_T)
-            return gather_attention(q_THK, kv_X2NK, *tables_RB, **_layer(spec, k_TNK.shape[1], page)), kv_X2NK
 
-        out_THK, kv_X2NK = over_heads(attend)(q_THK, k_TNK, v_TNK, kv_X2NK, table_RB, starts_R1, lengths_R, slots_T)
-        return kv_X2NK, out_THK.reshape(len(q_THK), -1)
+def _attend(
+    kv_X2NK: Array, q_THK: Array, k_TNK: Array, v_TNK: Array, *tables: Array, attend: Attend, **static: Any
+) -> tuple[Array, Array]:
+    """Store, then attend: each device for its own heads."""
+    spread = over_heads(functools.partial(attend, **static))
+    out_THK, kv_X2NK = spread(q_THK, k_TNK, v_TNK, kv_X2NK, *tables)
+    return kv_X2NK, out_THK.reshape(len(q_THK), -1)
+
+
+def _in_pallas(
+    q_THK: Array,
+    k_TNK: Array,
+    v_TNK: Array,
+    kv_X2NK: Array,
+    *tables: Array,
+    spec: AttentionSpec,
+    page: int,
+    blocks: tuple[Blocks, ...],
+    interpret: bool,
+) -> tuple[Array, Array]:
+    """By the kernels. Of two cuts, the first is for steps in which no request has more than a token."""
+    *tables_RB, slots_T = tables
+    kv_X2NK = kv_write(kv_X2NK, k_TNK, v_TNK, slots_T, page=page, interpret=interpret)
+    layer = _layer(spec, k_TNK.shape[1], page)
+
+    def by(cut: Blocks) -> Array:
+        return ragged_attention(q_THK, kv_X2NK, *tables_RB, **layer, blocks=cut, interpret=interpret)
+
+    if len(blocks) == 1:
+        return by(blocks[0]), kv_X2NK
+    starts_R1 = tables_RB[1]
+    are_single = (starts_R1[1:] - starts_R1[:-1]).max() <= 1
+    return lax.cond(are_single, lambda: by(blocks[0]), lambda: by(blocks[1])), kv_X2NK
+
+
+def _in_xla(
+    q_THK: Array, k_TNK: Array, v_TNK: Array, kv_X2NK: Array, *tables: Array, spec: AttentionSpec, page: int
+) -> tuple[Array, Array]:
+    *tables_RB, slots_T = tables
+    kv_X2NK = kv_scatter(kv_X2NK, k_TNK, v_TNK, slots_T)
+    return gather_attention(q_THK, kv_X2NK, *tables_RB, **_layer(spec, k_TNK.shape[1], page)), kv_X2NK
 
 
 def _is_outside(tensor: Tensor) -> bool:

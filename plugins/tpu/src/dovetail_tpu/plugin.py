@@ -7,7 +7,7 @@ from dovetail.plugins.manifest import AttentionManifest, CommandManifest, Platfo
 from dovetail_tpu import detect
 
 DTYPES = ("bfloat16", "float32")
-KV_DTYPES = ("auto", "float8_e4m3fn")
+KV_DTYPES = ("auto", "float8_e4m3fn", "int8")
 OPS = frozenset(
     {
         "embedding",

@@ -38,8 +38,6 @@ class Layer:
     kv_dtype: str = "float32"
     window: int | None = None
     soft_cap: float | None = None
-    k_scale: float = 1.0
-    v_scale: float = 1.0
     blocks: Blocks = BLOCKS
 
     @property
@@ -50,8 +48,6 @@ class Layer:
             "scale": 0.3,
             "window": self.window,
             "soft_cap": self.soft_cap,
-            "k_scale": self.k_scale,
-            "v_scale": self.v_scale,
         }
 
 
@@ -62,10 +58,10 @@ LAYERS = {
     "itself alone": Layer(heads=5, kv_heads=1, size=128, window=1, blocks=Blocks(8, 1, 1, VMEM)),
     "bfloat16": Layer(heads=4, kv_heads=2, size=128, dtype="bfloat16", kv_dtype="bfloat16"),
     "stored as bfloat16": Layer(heads=7, kv_heads=1, size=64, kv_dtype="bfloat16", blocks=Blocks(48, 8, 8, VMEM)),
-    "stored as float8": Layer(
-        heads=6, kv_heads=1, size=128, dtype="bfloat16", kv_dtype="float8_e4m3fn", k_scale=0.5, v_scale=2.0
-    ),
-    "stored as int8": Layer(heads=4, kv_heads=1, size=64, kv_dtype="int8", k_scale=0.02, v_scale=0.05),
+    "stored as float8": Layer(heads=6, kv_heads=1, size=128, dtype="bfloat16", kv_dtype="float8_e4m3fn"),
+    "stored as int8": Layer(heads=4, kv_heads=1, size=64, kv_dtype="int8"),
+    "stored as int8 in full lanes": Layer(heads=4, kv_heads=2, size=128, kv_dtype="int8", window=30, soft_cap=2.0),
+    "stored as int8 for bfloat16": Layer(heads=2, kv_heads=2, size=256, dtype="bfloat16", kv_dtype="int8"),
 }
 
 
@@ -85,24 +81,33 @@ class Step:
         self.keys, self.values = [], []
         free = list(1 + rng.permutation(PAGES - 1))
         for r, (length, _) in enumerate(sizes):
-            k_LNK, v_LNK = (self._stored(rng, length, scale) for scale in (layer.k_scale, layer.v_scale))
-            self.keys.append(k_LNK.astype(np.float64) * layer.k_scale)
-            self.values.append(v_LNK.astype(np.float64) * layer.v_scale)
+            (k_rows, k_LNK), (v_rows, v_LNK) = (self._stored(rng, length) for _ in "kv")
+            self.keys.append(k_LNK)
+            self.values.append(v_LNK)
             pages = [free.pop() for _ in range(-(-length // PAGE))]
             self.table_RB[r, : len(pages)] = pages
             for t in range(length):
                 place = self.kv_X2NK[pages[t // PAGE] * PAGE + t % PAGE]
                 place[...] = 0
-                place[0 : 2 * layer.kv_heads : 2, : layer.size] = k_LNK[t]
-                place[1 : 2 * layer.kv_heads : 2, : layer.size] = v_LNK[t]
+                place[0 : 2 * layer.kv_heads : 2] = k_rows[t]
+                place[1 : 2 * layer.kv_heads : 2] = v_rows[t]
         new = [new for _, new in sizes] + [0] * (REQUESTS - len(sizes))
         self.starts_R1 = np.cumsum([0, *new]).astype(np.int32)
         self.lengths_R = np.array([length for length, _ in sizes] + [0] * (REQUESTS - len(sizes)), np.int32)
 
-    def _stored(self, rng, length, scale):
-        x_LNK = rng.normal(size=(length, self.layer.kv_heads, self.layer.size)) / scale
-        kv_dtype = jnp.dtype(self.layer.kv_dtype)
-        return (np.clip(np.round(x_LNK), -127, 127) if kv_dtype == jnp.int8 else x_LNK).astype(kv_dtype)
+    def _stored(self, rng, length):
+        """Rows of the cache, and what they stand for. In int8, the lowest bits of a row's end are its scale's."""
+        size, padded = self.layer.size, self.kv_X2NK.shape[2]
+        shape = length, self.layer.kv_heads, padded
+        if self.layer.kv_dtype == "int8":
+            rows_LNK = rng.integers(-127, 128, shape).astype(np.int8)
+            scale_LN1 = rng.uniform(0.005, 0.03, (*shape[:2], 1)).astype(jnp.bfloat16)
+            bits_LNB = scale_LN1.view(np.uint16) >> np.arange(16, dtype=np.uint16) & 1
+            rows_LNK[..., -16:] = rows_LNK[..., -16:] & -2 | bits_LNB.astype(np.int8)
+            return rows_LNK, rows_LNK[..., :size] * scale_LN1.astype(np.float64)
+        rows_LNK = np.zeros(shape, jnp.dtype(self.layer.kv_dtype))
+        rows_LNK[..., :size] = rng.normal(size=(length, self.layer.kv_heads, size)).astype(rows_LNK.dtype)
+        return rows_LNK, rows_LNK[..., :size].astype(np.float64)
 
     @property
     def arrays(self):

@@ -406,8 +406,8 @@ class AttentionSuite(Suite):
     # ---- dtypes and refusals
 
     def test_kv_dtypes(self, dtype: torch.dtype) -> None:
-        """attention.30: every declared dtype of the KV cache works, with keys and values rounded to it, and takes the
-        bytes that it says, of which heads padded for the chip's sake may be most.
+        """attention.30: every declared dtype of the KV cache works, with keys and values rounded to it, or scaled where
+        it is one of integers, and takes the bytes that it says, of which heads padded for the chip's sake may be most.
         """
         for name in self.manifest.kv_dtypes:
             kv_dtype = dtype if name == "auto" else getattr(torch, name)

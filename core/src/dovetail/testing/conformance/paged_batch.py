@@ -227,8 +227,11 @@ def whole(request: Request) -> Part:
 
 
 def dense(request: Request, spec: AttentionSpec, kv_dtype: torch.dtype | None = None) -> Tensor:
-    """Attention of a whole request in float64, ``[L, H × K]``, from keys and values as ``kv_dtype`` keeps them."""
-    k_LNK, v_LNK = (x if kv_dtype is None else x.to(kv_dtype) for x in (request.k_LNK, request.v_LNK))
+    """Attention of a whole request in float64, ``[L, H × K]``, from keys and values as ``kv_dtype`` keeps them; as they
+    are, where it is one of integers, by whose scales alone backends could keep them.
+    """
+    is_rounded = kv_dtype is not None and kv_dtype.is_floating_point
+    k_LNK, v_LNK = (x.to(kv_dtype) if is_rounded else x for x in (request.k_LNK, request.v_LNK))
     return attend(request.q_LHK.double(), k_LNK, v_LNK, spec)
 
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from dovetail_tpu.kernels.kv_rows import read_rows
+
 AT_A_TIME = 16
 """Queries. Their gathered contexts are in memory together."""
 
@@ -22,8 +24,6 @@ def gather_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
 ) -> Array:
     """See :func:`dovetail_tpu.kernels.ragged_attention.ragged_attention`, which computes the same."""
     with jax.enable_x64(False), jax.default_matmul_precision("highest"):
@@ -38,15 +38,16 @@ def gather_attention(
             request = jnp.minimum(request, len(lengths_R) - 1)
             position = lengths_R[request] - starts_R1[request + 1] + token
             sees_L = is_real & (keys_L <= position) & (keys_L > position - (window or keys_L.size))
-            kv_L2NK = pages_RBP[table_RB[request], :, : 2 * kv_heads, :size].reshape(keys_L.size, 2 * kv_heads, size)
+            rows_L2NK = pages_RBP[table_RB[request], :, : 2 * kv_heads].reshape(keys_L.size, 2 * kv_heads, -1)
+            kv_L2NK = read_rows(rows_L2NK)[..., :size]
             # zeros where nothing is seen: a weight of 0 would not hide infinities and NaN
-            kv_L2NK = jnp.where(sees_L[:, None, None], kv_L2NK.astype(jnp.float32), 0.0)
+            kv_L2NK = jnp.where(sees_L[:, None, None], kv_L2NK, 0.0)
             q_NGK = q_HK.astype(jnp.float32).reshape(kv_heads, -1, size)
-            scores_NGL = jnp.einsum("ngk,lnk->ngl", q_NGK, kv_L2NK[:, 0::2]) * (scale * k_scale)
+            scores_NGL = jnp.einsum("ngk,lnk->ngl", q_NGK, kv_L2NK[:, 0::2]) * scale
             if soft_cap is not None:
                 scores_NGL = soft_cap * jnp.tanh(scores_NGL / soft_cap)
             weights_NGL = jax.nn.softmax(scores_NGL, axis=-1, where=sees_L)
-            out_NGK = jnp.einsum("ngl,lnk->ngk", weights_NGL, kv_L2NK[:, 1::2]) * v_scale
+            out_NGK = jnp.einsum("ngl,lnk->ngk", weights_NGL, kv_L2NK[:, 1::2])
             return jnp.where(is_real, out_NGK.reshape(heads, size), 0.0).astype(q_THK.dtype)
 
         return lax.map(lambda x: attend(*x), (jnp.arange(tokens, dtype=jnp.int32), q_THK), batch_size=AT_A_TIME)

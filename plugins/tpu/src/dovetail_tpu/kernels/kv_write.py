@@ -1,8 +1,8 @@
 """The paged cache of one layer, and storing keys and values in it.
 
-``kv_X2NK [pages × P, rows, Kp]`` holds a token's key of head ``n`` in row ``2 n`` and its value in row ``2 n + 1``,
-padded with zeros to whole lanes. Page 0 belongs to padding tokens. Where a token's rows would not tile, XLA keeps the
-cache in another order and copies all of it in each step, aliased or not, so there may be rows that are not used.
+``kv_X2NK [pages × P, rows, Kp]`` holds a token's key of head ``n`` in row ``2 n`` and its value in row ``2 n + 1``, see
+:mod:`dovetail_tpu.kernels.kv_rows`. Page 0 belongs to padding tokens. Where a token's rows would not tile, XLA keeps
+the cache in another order and copies all of it in each step, aliased or not, so there may be rows that are not used.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dovetail_tpu.kernels.chip import in_lanes
+from dovetail_tpu.kernels.kv_rows import stored_rows
 
 IN_FLIGHT = 16
 """Copies that run at a time. One takes about a microsecond to arrive; starting one takes some ten nanoseconds."""
@@ -41,8 +42,6 @@ def kv_write(
     slots_T: Array,
     *,
     page: int,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Array:
     """Store the keys and values of a step's tokens in place: donate ``kv_X2NK``, or the whole cache is copied.
@@ -52,14 +51,13 @@ def kv_write(
         k_TNK, v_TNK: ``[T, N, K]``.
         slots_T: integers, place of each token in the cache. Those of padding tokens lie in page 0, which is left alone.
         page: tokens per page.
-        k_scale, v_scale: what is stored is the value divided by it, rounded, and cut off at the dtype's largest.
         interpret: execute on the host, or simulate the chip's memories there.
 
     Returns:
         The cache.
     """
     with jax.enable_x64(False):
-        new_T2NK = interleaved(k_TNK, v_TNK, kv_X2NK, k_scale, v_scale)
+        new_T2NK = interleaved(k_TNK, v_TNK, kv_X2NK)
         return pl.pallas_call(
             functools.partial(_write_kernel, page=page),
             out_shape=jax.ShapeDtypeStruct(kv_X2NK.shape, kv_X2NK.dtype),
@@ -76,33 +74,20 @@ def kv_write(
         )(slots_T.astype(jnp.int32), new_T2NK, kv_X2NK)
 
 
-def kv_scatter(
-    kv_X2NK: Array, k_TNK: Array, v_TNK: Array, slots_T: Array, *, k_scale: float = 1.0, v_scale: float = 1.0
-) -> Array:
+def kv_scatter(kv_X2NK: Array, k_TNK: Array, v_TNK: Array, slots_T: Array) -> Array:
     """:func:`kv_write` as a scatter of XLA's, which stores padding tokens as well."""
     with jax.enable_x64(False):
-        new_T2NK = interleaved(k_TNK, v_TNK, kv_X2NK, k_scale, v_scale)
+        new_T2NK = interleaved(k_TNK, v_TNK, kv_X2NK)
         return kv_X2NK.at[slots_T.astype(jnp.int32)].set(new_T2NK)
 
 
-def interleaved(k_TNK: Array, v_TNK: Array, kv_X2NK: Array, k_scale: float, v_scale: float) -> Array:
+def interleaved(k_TNK: Array, v_TNK: Array, kv_X2NK: Array) -> Array:
     """What the cache holds of these tokens, ``[T, rows, Kp]``."""
-    tokens, kv_heads, size = k_TNK.shape
-    k_TNK, v_TNK = (_stored(x_TNK, kv_X2NK.dtype, s) for x_TNK, s in ((k_TNK, k_scale), (v_TNK, v_scale)))
-    new_T2NK = jnp.stack([k_TNK, v_TNK], axis=2).reshape(tokens, 2 * kv_heads, size)
+    tokens, kv_heads, _ = k_TNK.shape
+    k_TNK, v_TNK = (stored_rows(x_TNK, kv_X2NK.dtype) for x_TNK in (k_TNK, v_TNK))
     _, rows, padded = kv_X2NK.shape
-    return jnp.pad(new_T2NK, ((0, 0), (0, rows - 2 * kv_heads), (0, padded - size)))
-
-
-def _stored(x_TNK: Array, dtype: jnp.dtype, scale: float) -> Array:
-    if x_TNK.dtype == dtype and scale == 1.0:
-        return x_TNK
-    wide_TNK = x_TNK.astype(jnp.float32) / scale
-    if jnp.issubdtype(dtype, jnp.integer):
-        largest = float(jnp.iinfo(dtype).max)
-        return jnp.clip(jnp.round(wide_TNK), -largest, largest).astype(dtype)
-    largest = float(jnp.finfo(dtype).max)
-    return jnp.clip(wide_TNK, -largest, largest).astype(dtype)
+    new_T2NK = jnp.stack([k_TNK, v_TNK], axis=2).reshape(tokens, 2 * kv_heads, padded)
+    return jnp.pad(new_T2NK, ((0, 0), (0, rows - 2 * kv_heads), (0, 0)))
 
 
 def _write_kernel(slots_ref: Array, new_ref: Array, _: Array, kv_ref: Array, arrived: Array, *, page: int) -> None:

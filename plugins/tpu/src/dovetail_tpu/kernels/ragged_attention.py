@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dovetail_tpu.kernels.block_sizes import Blocks
 from dovetail_tpu.kernels.chip import LANES
+from dovetail_tpu.kernels.kv_rows import scales_of
 
 START = -1e30
 """The best score of a query that has seen no key: below all scores."""
@@ -42,8 +43,6 @@ def ragged_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
     blocks: Blocks,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Array:
@@ -62,7 +61,6 @@ def ragged_attention(
         scale: factor on ``q · k``.
         window: each query sees itself and the ``window - 1`` tokens before it; None sees all before.
         soft_cap: scores become ``cap × tanh(score / cap)``.
-        k_scale, v_scale: factors on stored keys and values.
         blocks: how to cut the step, see :func:`dovetail_tpu.kernels.block_sizes.attention_blocks`.
         interpret: execute on the host, or simulate the chip's memories there.
 
@@ -80,10 +78,9 @@ def ragged_attention(
             pages=blocks.pages,
             chunk=blocks.chunk,
             columns=table_RB.shape[1],
-            scale=scale * k_scale,
+            scale=scale,
             window=window,
             soft_cap=soft_cap,
-            v_scale=v_scale,
         )
         visits = plan_visits(starts_R1, lengths_R, q_NRK.shape[1] // shape.rows, shape)
         out_NRK = _launch(visits, table_RB, q_NRK, kv_X2NK, shape, blocks.vmem_bytes, interpret)
@@ -103,7 +100,6 @@ class _Shape:
     scale: float
     window: int | None
     soft_cap: float | None
-    v_scale: float
 
     @property
     def rows(self) -> int:
@@ -301,7 +297,7 @@ def _attend_kernel(
     @pl.when(visit.closes != 0)
     def close_block() -> None:
         total = total_ref[:, :, :1]
-        out = acc_ref[...] * (shape.v_scale / jnp.where(total == 0.0, 1.0, total))
+        out = acc_ref[...] / jnp.where(total == 0.0, 1.0, total)
         out_ref[...] = out.astype(out_ref.dtype)
 
 
@@ -346,6 +342,7 @@ def _attend(
     dtype = q_ref.dtype
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
     dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
+    is_scaled = kv_L2NK.dtype == jnp.int8
     sees_RL = _seen(visit, first_key, shape)
     is_seen_L1 = _seen_by_any(visit, first_key, shape)
     kv_2NLK = jnp.swapaxes(kv_L2NK, 0, 1)
@@ -354,6 +351,8 @@ def _attend(
         # what nobody sees may be anything; a weight of 0 would not hide infinities and NaN
         v_LK = jnp.where(is_seen_L1, v_LK, jnp.zeros_like(v_LK))
         scores_RL = dot(q_ref[n], k_LK, (((1,), (1,)), ((), ()))) * shape.scale
+        if is_scaled:
+            scores_RL *= scales_of(kv_2NLK[2 * n])
         if shape.soft_cap is not None:
             scores_RL = shape.soft_cap * jnp.tanh(scores_RL / shape.soft_cap)
         scores_RL = jnp.where(sees_RL, scores_RL, HIDDEN)
@@ -363,6 +362,8 @@ def _attend(
         fade_R = jnp.exp(old_R - best_R)
         best_ref[n] = best_R
         total_ref[n] = total_ref[n] * fade_R + jnp.sum(weights_RL, axis=1, keepdims=True)
+        if is_scaled:
+            weights_RL = jnp.where(sees_RL, weights_RL * scales_of(kv_2NLK[2 * n + 1]), 0.0)
         acc_ref[n] = acc_ref[n] * fade_R[:, :1] + dot(weights_RL.astype(dtype), v_LK, (((1,), (0,)), ((), ())))
 
 
