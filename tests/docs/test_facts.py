@@ -34,7 +34,7 @@ PAGES = sorted(
 )
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 FOREIGN = {"--extra-index-url", "--help", "--editable", "--no-deps", "--vllm", "--llama-cpp", "--index-url"}
-FOREIGN |= {"--file", "--tag", "--privileged", "--net", "--volume", "--filename"}
+FOREIGN |= {"--file", "--tag", "--privileged", "--net", "--volume", "--filename", "--target", "--build-context"}
 """Options of other programs (pip, docker, kubectl, the benchmark scripts), and click's own."""
 
 
