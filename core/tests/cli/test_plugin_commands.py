@@ -82,10 +82,10 @@ def test_commands_of_the_core_discover_nothing(plugin):
 @pytest.mark.parametrize("options", [["--disable-plugins", "abacus"], ["--plugins", "builtin"]])
 def test_lists_of_plugins_count_for_commands(plugin, capsys, options):
     plugin()
-    assert cli_main.run([*options, "count"]) == 2
-    assert "plugin 'abacus' (dist-abacus 1.2)" in capsys.readouterr().err
     assert cli_main.run([*options, "--help"]) == 0
     assert "Count beads" not in capsys.readouterr().out
+    assert cli_main.run([*options, "count"]) == 2
+    assert "plugin 'abacus' (dist-abacus 1.2)" in capsys.readouterr().err
 
 
 def test_a_name_of_the_core_is_taken(plugin, capsys):
