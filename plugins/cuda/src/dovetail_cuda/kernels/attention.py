@@ -27,10 +27,6 @@ from dovetail_cuda.kernels.segments import segment_of
 MAX_SPLITS = 64
 FEW = 512
 """Steps of more tokens hold prompts, however many requests their bucket has room for."""
-MOST_REGISTERS = 112
-"""Of a thread, where prefixes are joined: as the kernel has without. The compiler would do with fewer, more programs
-would fit, and the last few of 256 requests' would be left to run alone.
-"""
 HOST_PROCESSORS = 4
 """Assumed where Triton interprets kernels on the host."""
 
@@ -140,7 +136,6 @@ def attend(
         PRECISION="ieee" if q_THK.dtype == torch.float32 else "tf32",
         num_warps=tiling.warps,
         num_stages=tiling.stages,
-        maxnreg=MOST_REGISTERS if prefixes is not None and size <= 128 and q_THK.element_size() == 2 else None,
         **overlapped(q_THK.device),
     )
     return out_TE
