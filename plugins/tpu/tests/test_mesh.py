@@ -17,14 +17,21 @@ from dovetail.errors import ConfigError
 from dovetail.layers.attention import SelfAttention
 from dovetail.layers.linear import Unquantized
 from dovetail.layers.mlp import GatedMLP
-from dovetail_tpu.mesh import AXIS, Placement, check_heads, kv_shape, spec_of
+from dovetail.tensors import leaves
+from dovetail_tpu.mesh import AXIS, kv_shape
+from dovetail_tpu.placement import Placement, check_heads
+from dovetail_tpu.quantized import block_scaled_pack, quantized_experts_pack, weight_only_pack
 
+CONTEXT = ModelContext(
+    ops=OpTable(), dtype=torch.float32, device=torch.device("meta"), quant=Unquantized(), max_model_len=8
+)
 ON_HEADS = """
 import jax, jax.numpy as jnp, numpy as np, functools, sys
 from jax.sharding import NamedSharding, PartitionSpec
 from dovetail_tpu.kernels.gather_attention import gather_attention
 from dovetail_tpu.kernels.kv_write import kv_scatter
-from dovetail_tpu.mesh import HEADS, _order, devices_of_step, kv_shape, over_heads, over_inner, tp_mesh, whole
+from dovetail_tpu.mesh import HEADS, devices_of_step, kv_shape, over_heads, over_inner, tp_mesh, whole
+from dovetail_tpu.placement import _order
 
 kv_heads, heads, size, page = int(sys.argv[1]), 8, 64, 8
 mesh = tp_mesh(jax.devices())
@@ -104,30 +111,76 @@ def test_kernels_on_several_devices_compute_what_one_does(devices, kv_heads):
     ],
 )
 def test_weights_are_split_by_the_role_of_their_layer(path, shape, spec):
-    assert spec_of(path, shape, devices=4) == spec
-    assert spec_of(path, shape, devices=1) == ()
+    tensor = torch.empty(shape, device="meta")
+    assert Placement(None, 4).of(path, tensor).of(tensor)[1] == spec
+    assert Placement(None, 1).of(path, tensor).of(tensor)[1] == ()
 
 
 def test_outputs_of_merged_layers_are_ordered_by_device():
-    context = ModelContext(
-        ops=OpTable(), dtype=torch.float32, device=torch.device("meta"), quant=Unquantized(), max_model_len=8
-    )
     spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_size=2, scale=1.0)
     model = nn.Module()
-    model.attn = SelfAttention(context, "attn", 0, spec, 6, torch.empty(8, 2))
-    model.mlp = GatedMLP(context, "mlp", 6, 4)
+    model.attn = SelfAttention(CONTEXT, "attn", 0, spec, 6, torch.empty(8, 2))
+    model.mlp = GatedMLP(CONTEXT, "mlp", 6, 4)
     placement = Placement(model, 4)
-    rows, spec = placement.of("attn.qkv_proj._packed", torch.arange(16)[:, None].expand(16, 6))
+
+    def laid(path, tensor):
+        return placement.of(path, tensor).of(tensor)
+
+    rows, spec = laid("attn.qkv_proj._packed", torch.arange(16)[:, None].expand(16, 6))
     by_device = [[0, 1, 8, 9, 12, 13], [2, 3, 8, 9, 12, 13], [4, 5, 10, 11, 14, 15], [6, 7, 10, 11, 14, 15]]
     assert rows[:, 0].view(4, 6).tolist() == by_device
     assert spec == (AXIS, None)
-    assert placement.of("attn.qkv_proj._bias_O", torch.arange(16))[0].view(4, 6).tolist() == by_device
-    rows, _ = placement.of("mlp.gate_up_proj._packed", torch.arange(8)[:, None].expand(8, 6))
+    assert laid("attn.qkv_proj._bias_O", torch.arange(16.0))[0].view(4, 6).tolist() == by_device
+    rows, _ = laid("mlp.gate_up_proj._packed", torch.arange(8)[:, None].expand(8, 6))
     assert rows[:, 0].view(4, 2).tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
     unordered = torch.empty(6, 8)
-    assert placement.of("attn.o_proj._packed", unordered)[0] is unordered
+    assert laid("attn.o_proj._packed", unordered)[0] is unordered
     with pytest.raises(ConfigError, match="4 inner features do not divide evenly among 3 devices"):
         Placement(model.mlp, 3)
+
+
+def test_scales_lie_beside_the_weights_that_they_belong_to():
+    weight, grid, outputs = torch.zeros(8, 12, dtype=torch.int8), torch.rand(8, 3), torch.rand(8, 1)
+    tensors = {
+        "one scale": (weight_only_pack(weight, outputs), [(AXIS, None), (None, AXIS)], [(None, AXIS), ()]),
+        "groups": (block_scaled_pack(weight, grid, 4), [(AXIS, None), (None, AXIS)], [(None, AXIS), (AXIS, None)]),
+        "experts": (
+            quantized_experts_pack(weight[None].repeat(2, 1, 1), grid[None].repeat(2, 1, 1), None, 4),
+            [(None, AXIS, None), (None, None, AXIS)],
+            [(None, None, AXIS), (None, AXIS, None)],
+        ),
+        "of another format": (
+            (weight, outputs, torch.rand(1, 1), torch.arange(12)),
+            [(AXIS, None), (AXIS, None), (), ()],
+            [(None, AXIS), (), (), ()],
+        ),
+        "pairs": ((weight, grid), [(AXIS, None), (AXIS, None)], [(None, AXIS), (None, AXIS)]),
+    }
+    for name, (packed, by_outputs, by_inputs) in tensors.items():
+        for layer, devices, expected in (("gate_up_proj", 2, by_outputs), ("o_proj", 3, by_inputs)):
+            layout = Placement(None, devices).of(f"layers.0.{layer}._packed", packed)
+            held = [leaf for leaf in leaves(packed) if isinstance(leaf, torch.Tensor)]
+            assert [layout.of(tensor)[1] for tensor in held] == expected, (name, layer)
+
+
+def test_outputs_of_scales_are_ordered_with_those_of_weights():
+    module = nn.Module()
+    module.mlp = GatedMLP(CONTEXT, "mlp", 6, 4)
+    rows = torch.arange(8.0)[:, None]
+    packed = weight_only_pack(rows.expand(8, 8), rows.expand(8, 8), 1)  # as many groups as outputs
+    layout = Placement(module, 2).of("mlp.gate_up_proj._packed", packed)
+    assert layout.of(packed.codes)[0][:, 0].tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert layout.of(packed.scale)[0][0].tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+    with pytest.raises(ConfigError, match="a part of 4 of 8 outputs has scales of activations of its own"):
+        layout.of(rows[:4])
+
+
+def test_groups_of_inputs_are_not_cut():
+    packed = block_scaled_pack(torch.zeros(8, 12, dtype=torch.int8), torch.rand(8, 3), 4)
+    layout = Placement(None, 2).of("layers.0.down_proj._packed", packed)
+    assert layout.of(packed.codes)[1] == (None, AXIS)
+    with pytest.raises(ConfigError, match=r"3 inputs, or groups .* evenly among 2 devices.* make 1, 3 devices"):
+        layout.of(packed.scale)
 
 
 def test_a_cache_has_tiled_rows_on_every_device():

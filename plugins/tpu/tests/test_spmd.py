@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Tensors = Iterator[tuple[str, Tensor]]
 
 SCRIPT = """
 import json, sys
@@ -51,7 +57,7 @@ LIMITS: dict[str, Any] = {"max_model_len": 48, "max_num_seqs": 4, "max_num_batch
 TINY: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -67,6 +73,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3": {"vocab_size": 130},  # norms of queries and keys, a vocabulary that four do not divide
     "Gemma2": {"sliding_window": 20},  # another activation, a soft cap
     "Mixtral": {"num_local_experts": 4},
+}
+
+
+SECTIONS: dict[str, dict[str, Any]] = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False},
+    "gptq, in order of importance": {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": True},
+    "fp8 in blocks": {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"},
+    "fp8, static": {"quant_method": "fp8", "activation_scheme": "static"},
 }
 
 
@@ -98,14 +113,82 @@ def test_families_give_the_same_tokens(family: str, devices: int, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("method", ["int8", "fp8", "int8-w8a8", "fp8-w8a8"])
 @pytest.mark.parametrize("family", ["Qwen2", "Mixtral"])
-def test_quantized_weights_give_the_same_tokens(family: str, tmp_path: Path):
+def test_quantized_weights_give_the_same_tokens(family: str, method: str, devices: int, tmp_path: Path):
     random_checkpoint(family, tmp_path)
-    run_on(2, model=str(tmp_path), quantization="int8")
+    run_on(devices, model=str(tmp_path), quantization=method)
 
 
-def random_checkpoint(family: str, folder: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize(
+    ("family", "section"),
+    [("Qwen2", name) for name in SECTIONS] + [("Mixtral", name) for name in ("awq", "gptq", "fp8 in blocks")],
+)
+def test_quantized_checkpoints_give_the_same_tokens(family: str, section: str, devices: int, tmp_path: Path):
+    random_checkpoint(family, tmp_path)
+    quantize_checkpoint(tmp_path, SECTIONS[section])
+    run_on(devices, model=str(tmp_path))
+
+
+@pytest.mark.slow
+def test_groups_of_inputs_that_would_be_cut_are_refused(tmp_path: Path):
+    random_checkpoint("Qwen2", tmp_path, num_attention_heads=8)
+    quantize_checkpoint(tmp_path, SECTIONS["awq"])
+    with pytest.raises(AssertionError, match=r"4 inputs, or groups .* do not divide evenly among 8 devices"):
+        run_on(8, model=str(tmp_path))
+
+
+def random_checkpoint(family: str, folder: Path, **sizes: int) -> None:
     """A tiny model of a family."""
     torch.manual_seed(3)
     model_class = getattr(transformers, f"{family}ForCausalLM")
-    model_class(model_class.config_class(**(TINY | FAMILIES[family]))).eval().save_pretrained(folder)
+    model_class(model_class.config_class(**(TINY | FAMILIES[family] | sizes))).eval().save_pretrained(folder)
+
+
+def quantize_checkpoint(folder: Path, section: dict[str, Any]) -> None:
+    """Put random quantized weights in the place of a checkpoint's."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if re.search(r"(_proj|\.w\d)\.weight$", name)]:
+        stem, weight_OI = name.removesuffix(".weight"), tensors.pop(name)
+        tensors |= {
+            f"{stem}.{suffix}": tensor for suffix, tensor in FORMATS[section["quant_method"]](weight_OI, section)
+        }
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+
+
+def four_bits(weight_OI: Tensor, section: dict[str, Any]) -> Tensors:
+    """Any words are weights."""
+    outputs, inputs = weight_OI.shape
+    group = section["group_size"]
+    yield "qweight", words(inputs, outputs // 8) if section["quant_method"] == "awq" else words(inputs // 8, outputs)
+    yield "qzeros", words(inputs // group, outputs // 8)
+    yield "scales", torch.rand(inputs // group, outputs) * 0.03 + 0.02
+    if section.get("desc_act"):
+        yield "g_idx", torch.arange(inputs, dtype=torch.int32).flip(0) // group
+
+
+def words(*shape: int) -> Tensor:
+    """Random int32."""
+    return torch.randint(-(2**31), 2**31, shape).to(torch.int32)
+
+
+def eight_bits(weight_OI: Tensor, section: dict[str, Any]) -> Tensors:
+    """Numbers of the whole range, with scales of blocks, or with one."""
+    block = section.get("weight_block_size")
+    yield "weight", (weight_OI * 100).to(torch.float8_e4m3fn)
+    if block:
+        yield (
+            "weight_scale_inv",
+            torch.rand(*(-(-size // own) for size, own in zip(weight_OI.shape, block, strict=True))) * 0.02,
+        )
+    else:
+        yield "weight_scale", torch.tensor(0.01)
+        yield "input_scale", torch.tensor(0.05)
+
+
+FORMATS = {"awq": four_bits, "gptq": four_bits, "fp8": eight_bits}

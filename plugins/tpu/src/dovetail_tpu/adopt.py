@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dovetail.tensors import leaves, replaced
 from dovetail_tpu.bridges.protocol import Bridge
-from dovetail_tpu.mesh import Placement
+from dovetail_tpu.placement import Layout, Placement
 
 TORCHS_OWN = frozenset({"_parameters", "_buffers", "_modules"})
 
@@ -32,7 +32,7 @@ class Adoption:
             ConfigError: a model does not divide evenly among the devices.
         """
         if not isinstance(value, nn.Module):
-            return replaced(value, lambda host: self._tensor(host, ""))
+            return replaced(value, partial(self._tensor, layout=self._placement.of("", value)))
         self._placement = Placement(value, self._bridge.num_devices)
         for path, module in value.named_modules():
             for own in (module._parameters, module._buffers):
@@ -40,11 +40,12 @@ class Adoption:
                     vars(module)[name] = own.pop(name)  # as a plain attribute; a parameter must be torch's own
             for name, held in [*vars(module).items()]:
                 if name not in TORCHS_OWN and any(isinstance(leaf, Tensor) for leaf in leaves(held)):
-                    vars(module)[name] = replaced(held, partial(self._tensor, path=f"{path}.{name}"))
+                    layout = self._placement.of(f"{path}.{name}", held)
+                    vars(module)[name] = replaced(held, partial(self._tensor, layout=layout))
         return value
 
-    def _tensor(self, host: Tensor, path: str) -> Tensor:
+    def _tensor(self, host: Tensor, layout: Layout) -> Tensor:
         if id(host) not in self._adopted:
-            adopted = self._bridge.adopt(*self._placement.of(path, host))
+            adopted = self._bridge.adopt(*layout.of(host))
             self._adopted[id(host)] = host, adopted  # the former is kept, so that no other takes its identity
         return self._adopted[id(host)][1]

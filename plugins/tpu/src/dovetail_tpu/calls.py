@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from jax import Array
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from dovetail_tpu import bridges
 from dovetail_tpu.kernels.chip import Chip, chip_of_kind
-from dovetail_tpu.mesh import whole
+from dovetail_tpu.mesh import Split, over_product
 
 Kernel = Callable[..., tuple[Array, ...]]
 """Called as ``kernel(**arrays, chip=..., **static)``; an array that is not given is None. ``chip`` is None where
@@ -22,19 +23,34 @@ def chip() -> Chip | None:
     return chip_of_kind(bridges.current().device_kind)
 
 
-def call(kernel: Kernel, tensors: Mapping[str, Tensor | None], **static: Any) -> list[Tensor]:
-    """Run a kernel; on several devices, on each with whole arrays.
+def call(
+    kernel: Kernel,
+    tensors: Mapping[str, Tensor | None],
+    split: Split = Split.WHOLE,
+    dims: Mapping[str, str] = MappingProxyType({}),
+    **static: Any,
+) -> list[Tensor]:
+    """Run a kernel; on several devices, on each with its part of what is split.
 
     Args:
         kernel: module-level, so that what is compiled for it is found again.
         tensors: of the program that is traced, or of the host.
+        split: along what the weight is split that it multiplies with.
+        dims: of tensors that may be split, see :func:`dovetail_tpu.mesh.over_product`.
         static: hashable.
     """
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     absent = tuple(name for name, tensor in tensors.items() if tensor is None)
-    names = tuple(given)
     return bridges.current().apply(
-        _by_name, *given.values(), kernel=kernel, names=names, absent=absent, chip=chip(), static=(*static.items(),)
+        _by_name,
+        *given.values(),
+        kernel=kernel,
+        names=tuple(given),
+        absent=absent,
+        split=split,
+        dims=tuple(dims.get(name, "") for name in given),
+        chip=chip(),
+        static=(*static.items(),),
     )
 
 
@@ -43,6 +59,8 @@ def _by_name(
     kernel: Kernel,
     names: tuple[str, ...],
     absent: tuple[str, ...],
+    split: Split,
+    dims: tuple[str, ...],
     chip: Chip | None,
     static: tuple[tuple[str, Any], ...],
 ) -> tuple[Array, ...]:
@@ -50,5 +68,4 @@ def _by_name(
         named = dict(zip(names, arrays, strict=True))
         return kernel(**named, **dict.fromkeys(absent), chip=chip, **dict(static))
 
-    results: tuple[Array, ...] = whole(run)(*arrays)
-    return results
+    return over_product(run, split, dims)(*arrays)

@@ -8,8 +8,7 @@ step is traced (``jax.sharding.use_abstract_mesh``). Without one there is one ch
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from types import MappingProxyType
 from typing import Any
@@ -17,17 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from jax import Array
 from jax.sharding import AxisType, Mesh, PartitionSpec
-from torch import Tensor, nn
 
-from dovetail.contracts.attention import AttentionSpec
-from dovetail.errors import ConfigError
-from dovetail.layers.attention import SelfAttention
-from dovetail.layers.block import Block
-from dovetail.layers.experts import Experts
-from dovetail.layers.mlp import GatedMLP
 from dovetail_tpu.bridges.protocol import Spec
 from dovetail_tpu.kernels.kv_write import cache_shape
 
@@ -48,6 +39,8 @@ class Split(Enum):
     WHOLE = "whole"
 
 
+LETTERS = MappingProxyType({Split.OUTPUTS: "O", Split.INPUTS: "IG", Split.WHOLE: ""})
+"""Of the dimensions that are split."""
 SPLITS = MappingProxyType(
     {
         "qkv_proj": Split.OUTPUTS,
@@ -73,104 +66,10 @@ def split_of(path: str) -> Split:
     return next((SPLITS[name] for name in reversed(path.split(".")) if name in SPLITS), Split.WHOLE)
 
 
-def spec_of(path: str, shape: Sequence[int], devices: int) -> Spec:
-    """How a tensor of a model lies on so many devices.
-
-    Matrices are ``[O, I]``, experts' ``[E, O, I]``. Others, and what does not divide, every device has whole.
-
-    Args:
-        path: dotted names of the modules around the tensor, and its own.
-    """
-    dim = {Split.OUTPUTS: -2, Split.INPUTS: -1}.get(split_of(path))
-    if devices == 1 or dim is None or len(shape) not in (2, 3) or shape[dim] % devices:
-        return ()
-    axes: list[str | None] = [None] * len(shape)
-    axes[dim] = AXIS
-    return tuple(axes)
-
-
-class Placement:
-    """Where the tensors of a model, or of tables, go on so many devices.
-
-    Outputs of merged layers are put in an order in which each device has all of what belongs together: queries, keys
-    and values of its heads; gate and up of its inner features. Where there are fewer key/value heads than devices,
-    several have the same one. What reads the outputs goes by this order: attention's projection,
-    :func:`over_features`, :func:`over_inner`.
-
-    Raises:
-        ConfigError: a layer's heads or inner features do not divide evenly.
-    """
-
-    def __init__(self, model: nn.Module | None, devices: int) -> None:
-        self._devices = devices
-        self._orders: dict[str, Tensor] = {}
-        for path, module in model.named_modules() if model is not None and devices > 1 else ():
-            if isinstance(module, SelfAttention):
-                check_heads(devices, [module.spec])
-                pieces = [module.spec.num_heads, module.spec.num_kv_heads, module.spec.num_kv_heads]
-                self._orders[f"{path}.qkv_proj"] = _order(module.qkv_proj.outputs.values(), pieces, devices)
-            elif isinstance(module, GatedMLP):
-                self._orders[f"{path}.gate_up_proj"] = _paired(module.gate_up_proj, devices)
-            elif isinstance(module, Experts):
-                self._orders[f"{path}.gate_up"] = _paired(module.gate_up, devices)
-
-    def of(self, path: str, host: Tensor) -> tuple[Tensor, Spec]:
-        """What the devices are to have of a tensor, and how it is split among them.
-
-        Args:
-            path: dotted names of the modules around the tensor, and its own.
-        """
-        order = next((order for layer, order in self._orders.items() if path.startswith(f"{layer}.")), None)
-        if order is not None:
-            outputs = int(order.max()) + 1
-            dims = [dim for dim in (host.ndim - 2, host.ndim - 1) if dim >= 0 and host.shape[dim] == outputs]
-            if dims:
-                host = host.index_select(dims[0], order.to(host.device))
-        return host, spec_of(path, host.shape, self._devices)
-
-
-def _paired(gate_up: Block, devices: int) -> Tensor:
-    gate, up = [*gate_up.outputs.values()][:2]
-    if gate % devices:
-        raise ConfigError(f"{gate} inner features do not divide evenly among {devices} devices. Take fewer chips.")
-    return _order([gate, up], [devices] * 2, devices)
-
-
-def _order(sizes: Collection[int], pieces: Sequence[int], devices: int) -> Tensor:
-    """Of each device in turn, its share of each part. A part of few pieces is given out more than once."""
-    starts = itertools.accumulate(sizes, initial=0)
-    ranges = []
-    for start, size, count in zip(starts, sizes, pieces, strict=False):
-        shares = min(devices, count)
-        ranges.append(torch.arange(start, start + size).view(shares, -1).repeat_interleave(devices // shares, dim=0))
-    return torch.cat(ranges, dim=1).flatten()
-
-
 def kv_shape(devices: int, places: int, kv_heads: int, size: int, itemsize: int) -> tuple[int, int, int]:
     """Shape of a layer's cache on so many devices: side by side, what each has for its own heads."""
     places, rows, padded = cache_shape(places, max(1, kv_heads // devices), size, itemsize)
     return places, rows * devices, padded
-
-
-def check_heads(devices: int, specs: Sequence[AttentionSpec]) -> None:
-    """Each device has whole heads, and with them the key/value heads that they read.
-
-    Raises:
-        ConfigError: they do not divide evenly; names the numbers of chips that would do.
-    """
-    wrong = [spec for spec in specs if not _divides(devices, spec)]
-    if wrong:
-        heads, kv_heads = wrong[0].num_heads, wrong[0].num_kv_heads
-        good = [n for n in range(1, heads + 1) if all(_divides(n, spec) for spec in specs)]
-        raise ConfigError(
-            f"{heads} query heads and {kv_heads} key/value heads do not divide evenly among {devices} devices. "
-            f"Take as many chips as make {', '.join(map(str, good))} devices."
-        )
-
-
-def _divides(devices: int, spec: AttentionSpec) -> bool:
-    kv_heads = spec.num_kv_heads
-    return spec.num_heads % devices == 0 and (kv_heads % devices == 0 or devices % kv_heads == 0)
 
 
 def devices_of_step() -> int:
@@ -196,7 +95,9 @@ def over_heads(attend: Callable[..., tuple[Array, Array]]) -> Callable[..., tupl
 
 
 def over_features(gate: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """``gate(x_TF2) -> [T, F]`` on each device's features of a projection in the order of a :class:`Placement`."""
+    """``gate(x_TF2) -> [T, F]`` on each device's features of a projection, in the order of a
+    :class:`~dovetail_tpu.placement.Placement`.
+    """
     return _spread(gate, (FEATURES,), FEATURES)
 
 
@@ -223,7 +124,7 @@ def over_inputs(linear: Callable[[Array, Array], Array]) -> Callable[[Array, Arr
 
 def over_inner(experts: Callable[..., Array]) -> Callable[..., Array]:
     """``experts(x_TD, gate_up_EFD, down_EDF, ids_TA, weights_TA) -> [T, D]`` on each device's inner features, summed.
-    Those of gate and up are in the order of a :class:`Placement`.
+    Those of gate and up are in the order of a :class:`~dovetail_tpu.placement.Placement`.
     """
 
     def part(*arrays: Array) -> Array:
@@ -231,6 +132,36 @@ def over_inner(experts: Callable[..., Array]) -> Callable[..., Array]:
 
     split = PartitionSpec(None, AXIS, None), PartitionSpec(None, None, AXIS)
     return _spread(part, (WHOLE, *split, WHOLE, WHOLE), WHOLE)
+
+
+def over_product(
+    product: Callable[..., tuple[Array, ...]], split: Split, dims: Sequence[str]
+) -> Callable[..., tuple[Array, ...]]:
+    """``product(*operands) -> ([T, O],)`` with a weight that is split: on each device's outputs, or on its inputs, and
+    summed; or on every device alike.
+
+    Args:
+        dims: of each operand, letters for its last dimensions. Outputs are ``O``; inputs ``I``, and groups of them
+            ``G``. A dimension of one element belongs to all.
+    """
+    letters = LETTERS[split]
+
+    def part(*operands: Array) -> tuple[Array, ...]:
+        results = product(*operands)
+        is_part = split is Split.INPUTS and devices_of_step() > 1
+        return tuple(jax.lax.psum(result, AXIS) for result in results) if is_part else results
+
+    def run(*operands: Array) -> tuple[Array, ...]:
+        specs = tuple(_lettered(x.shape, names, letters) for x, names in zip(operands, dims, strict=True))
+        results: tuple[Array, ...] = _spread(part, specs, FEATURES if split is Split.OUTPUTS else WHOLE)(*operands)
+        return results
+
+    return run
+
+
+def _lettered(shape: Sequence[int], names: str, letters: str) -> PartitionSpec:
+    named = zip(shape, names.rjust(len(shape)), strict=True)
+    return PartitionSpec(*(AXIS if size > 1 and name in letters else None for size, name in named))
 
 
 def look_up(token_ids_T: Array, table_VD: Array) -> Array:

@@ -81,18 +81,22 @@ def quantized_matmul(
 
 
 def scales_by_step(scale_EOG: Array, columns: int, group: int) -> Array:
+    """:func:`grids_by_step` of numbers that lie by output."""
+    return grids_by_step(jnp.swapaxes(scale_EOG, 1, 2), columns, group)
+
+
+def grids_by_step(grid_EGO: Array, columns: int, group: int) -> Array:
     """Scales, or zero points, in the order in which steps read them: float32 ``[E, S, G, O]``.
 
     Args:
-        scale_EOG: a number per output and per group.
+        grid_EGO: a number per group and per output.
         columns: of the weight, ``J``.
         group: columns that share a scale; all of them, if that is not less.
     """
-    experts, outputs, groups = scale_EOG.shape
+    experts, groups, outputs = grid_EGO.shape
     steps, per_step = groups_by_step(columns, group)
-    scale_EGO = jnp.swapaxes(scale_EOG.astype(jnp.float32), 1, 2)
-    scale_EGO = jnp.pad(scale_EGO, ((0, 0), (0, steps * per_step - groups), (0, 0)))
-    return scale_EGO.reshape(experts, steps, per_step, outputs)
+    grid_EGO = jnp.pad(grid_EGO.astype(jnp.float32), ((0, 0), (0, steps * per_step - groups), (0, 0)))
+    return grid_EGO.reshape(experts, steps, per_step, outputs)
 
 
 def product_dtype(x_dtype: DTypeLike, code_dtype: DTypeLike, chip: Chip | None) -> jnp.dtype[Any]:
