@@ -87,6 +87,18 @@ class PeaksForGood(ReferencePlatform):
         return MemoryInfo(total=4 * GIB, available=4 * GIB, held=GIB, peak=2 * GIB)
 
 
+class NeverPeaksInSteps(ReferencePlatform):
+    """Whose memory is its own, so that nothing else takes any."""
+
+    def memory(self) -> MemoryInfo:
+        return MemoryInfo(total=4 * GIB, available=3 * GIB, dedicated=True, held=GIB, peak=GIB)
+
+
+class PeaksBeforeThereIsAStep(ReferencePlatform):
+    def memory(self) -> MemoryInfo:
+        return MemoryInfo(total=4 * GIB, available=3 * GIB, dedicated=True, held=GIB, peak=2 * GIB)
+
+
 class TakesTheCheckpointsDtype(ReferencePlatform):
     @classmethod
     def default_dtype(cls, checkpoint_dtype: torch.dtype) -> torch.dtype:
@@ -374,6 +386,8 @@ MUTANTS = {
     MoreAvailableThanThereIs: "platform.4",
     NeverPeaks: "platform.4",
     PeaksForGood: "platform.4",
+    NeverPeaksInSteps: "platform.4",
+    PeaksBeforeThereIsAStep: "platform.4",
     MemoryInMegabytes: "platform.4",
     MemoryInFractions: "platform.4",
     TakesTheCheckpointsDtype: "platform.5",

@@ -78,6 +78,30 @@ def test_what_is_missing_on_a_device_and_what_to_set():
         kv_memory.num_blocks(config, 1000, FULL, MemoryInfo(total=20_000, available=8_000, dedicated=True))
 
 
+def test_a_step_is_tried_over_the_cache_that_it_will_have_if_that_is_known():
+    own = MemoryInfo(total=20_000, available=17_000, dedicated=True, held=3_000, peak=3_000)
+
+    def blocks(size, **choices):
+        config = engine_config(max_model_len=64, max_num_seqs=3, **choices)
+        return kv_memory.trial_blocks(config, size, FULL, own)
+
+    assert blocks(100) == 3 * 16 + 1
+    assert [blocks(size) for size in (8_500 // 49, 8_500 // 49 + 1)] == [49, 1]  # half of the memory
+    assert blocks(100, memory_fraction=0.9) == 1
+    assert [blocks(100, kv_cache_memory=size) for size in (2_050, 8_500, 8_600)] == [20, 85, 1]
+    assert blocks(100, kv_cache_memory=50) == 1
+    with pytest.raises(ConfigError, match="--kv-cache-memory asks for"):
+        blocks(100, kv_cache_memory=17_001)
+
+
+def test_memory_without_a_cache_that_is_there():
+    there = MemoryInfo(total=20_000, available=15_000, dedicated=True, held=5_000, peak=6_000)
+    freed = MemoryInfo(total=20_000, available=17_000, dedicated=True, held=3_000, peak=4_000)
+    assert kv_memory.without(there, 2_000) == freed
+    uncounted = MemoryInfo(total=20_000, available=15_000)
+    assert kv_memory.without(uncounted, 0) == uncounted
+
+
 def test_the_hosts_memory_has_no_fraction():
     config = engine_config(max_model_len=64, memory_fraction=0.5)
     with pytest.raises(

@@ -15,15 +15,15 @@ import torch
 
 from dovetail import sizes
 from dovetail.contracts.executor import ExecutorInfo, Progress
-from dovetail.contracts.platform import MemoryInfo
+from dovetail.contracts.platform import Bucket, MemoryInfo
 from dovetail.errors import ConfigError
 from dovetail.ops import reference
-from dovetail.runner import loaded_model
+from dovetail.runner import kv_memory, loaded_model
 from dovetail.runner.executor import LocalExecutor
 from dovetail.runner.forward import ForwardPass
 from dovetail.testing.conformance import tiny
 from dovetail.testing.conformance.small_engine import core_part, generate, model_config
-from dovetail.testing.platforms import LadderPlatform
+from dovetail.testing.platforms import LadderPlatform, ReferencePlatform, WholeShapes
 
 MODEL = core_part("dovetail.testing.conformance.tiny:TinyModel")
 ORACLE = core_part("dovetail.testing.conformance.oracle_decoder:OracleDecoder")
@@ -56,6 +56,27 @@ class CountingPlatform(LadderPlatform):
 
     def warmed_up(self):
         self.log.append(("warmed up", None))
+
+    def close(self):
+        self.log.append(("closed", None))
+
+
+class CountingWholePlatform(ReferencePlatform):
+    """The same for steps that sample, and for caches that are allocated."""
+
+    compiled_steps: ClassVar[list[tuple[str, Bucket]]] = []
+    caches: ClassVar[list[int]] = []
+
+    def shape_policy(self, max_tokens, max_requests):
+        return WholeShapes(tokens=[1, max_requests, max_tokens], requests=[1, max_requests])
+
+    def memory(self):
+        held = HELD + sum(self.caches)
+        return MemoryInfo(total=TOTAL, available=TOTAL - held, dedicated=True, held=held, peak=held + PER_TOKEN)
+
+    def compile(self, step, bucket):
+        self.compiled_steps.append((step.__name__, bucket))
+        return step
 
 
 @pytest.fixture
@@ -128,12 +149,64 @@ def test_the_largest_step_runs_and_the_cache_gets_the_rest(tmp_path, counting, d
     assert (info.draft_bytes > 0) == bool(drafts)
 
 
+@pytest.mark.parametrize(("drafts", "fraction"), [(0, None), (3, None), (0, 0.9)])
+def test_a_whole_step_is_compiled_for_one_size_of_cache_where_that_is_known(tmp_path, monkeypatch, drafts, fraction):
+    at_once, allocate = [], kv_memory.allocate
+    monkeypatch.setattr(CountingWholePlatform, "compiled_steps", [])
+    monkeypatch.setattr(CountingWholePlatform, "caches", [])
+
+    def allocated(specs, groups, backend, blocks):
+        made = allocate(specs, groups, backend, blocks)
+        size = kv_memory.block_bytes(specs, groups, backend) * blocks
+        CountingWholePlatform.caches.append(size)
+        at_once.append(len(CountingWholePlatform.caches))
+        weakref.finalize(made[0][0], CountingWholePlatform.caches.remove, size)
+        return made
+
+    monkeypatch.setattr(kv_memory, "allocate", allocated)
+    limits = {"max_num_batched_tokens": 48, "max_num_seqs": 5, "num_speculative_tokens": drafts}
+    changes = {**limits, "memory_fraction": fraction, "platform": core_part(f"{__name__}:CountingWholePlatform")}
+    config = msgspec.structs.replace(config_of(tmp_path / "model", **limits), **changes)
+    if drafts:
+        config = msgspec.structs.replace(config, draft=config, spec_decoder=ORACLE)
+    executor, info = load(config)
+    compiled = CountingWholePlatform.compiled_steps
+    assert compiled.count(("_ruled", (48, 5))) == (1 if fraction is None else 2)
+    assert compiled.count(("some", (48, 5))) == bool(drafts)
+    assert max(at_once) == 1 + bool(drafts)
+    assert sum(CountingWholePlatform.caches) == info.num_blocks * info.page_bytes + info.draft_bytes
+    full = config.max_num_seqs * kv_memory.blocks_per_request(config, info.groups) + 1
+    assert info.num_blocks == full if fraction is None else info.num_blocks > full
+    executor.close()
+
+
 def test_tokens_are_what_they_are_without(tmp_path, counting):
     config = config_of(tmp_path / "model", max_num_seqs=2)
     uncounted = msgspec.structs.replace(config, platform=core_part("dovetail.testing.platforms:LadderPlatform"))
     prompts = [range(3, 3 + count) for count in (5, 9, 2)]
     one, other = (generate(each, prompts, max_tokens=6, temperature=1.0) for each in (config, uncounted))
     assert one == other
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, ConfigError("no")], ids=["interrupt", "refusal"])
+def test_a_platform_hears_that_loading_ended_early(tmp_path, counting, monkeypatch, fault):
+    class Interrupted(Progress):
+        def update(self, stage, done, total):
+            if stage == "warm-up":
+                raise fault
+
+    executor = LocalExecutor(config_of(tmp_path / "model"))
+    with pytest.raises(fault if isinstance(fault, type) else type(fault)):
+        executor.load(Interrupted())
+    assert counting.log[-1] == ("closed", None)
+    assert ("warmed up", None) not in counting.log
+
+
+def test_a_platform_hears_that_the_engine_ends(tmp_path, counting):
+    executor, _ = load(config_of(tmp_path / "model"))
+    assert ("closed", None) not in counting.log
+    executor.close()
+    assert counting.log[-1] == ("closed", None)
 
 
 def test_a_step_that_does_not_fit_is_refused(tmp_path, counting, monkeypatch):

@@ -116,6 +116,16 @@ def test_a_step_reaches_the_device_once(checkpoint, monkeypatch):
     assert (platform.num_runs - runs, platform.num_downloads - downloads) == (steps, steps)
 
 
+def test_what_enters_requests_is_warmed_up_once(checkpoint, monkeypatch):
+    entered = []
+    monkeypatch.setattr(dense_rules.DenseRules, "_enter", lambda self, entry: entered.append(entry.slot_1.tolist()))
+    config = config_of(checkpoint, "WholePlatform")
+    executor = LocalExecutor(config)
+    executor.load(Progress())
+    assert entered == [[config.max_num_seqs]]  # nobody's slot
+    assert len(executor._runner._stepper.forward.ladder) > 1
+
+
 class NothingThatWaits(TorchDispatchMode):
     """Refuses operations whose shapes depend on values, and those that hand values to the host."""
 

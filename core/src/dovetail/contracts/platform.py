@@ -321,3 +321,10 @@ class Platform(ABC):
 
         Phase: warm-up. Order: 5. Times: once. May raise: nothing.
         """
+
+    def close(self) -> None:  # noqa: B027  most have nothing to do
+        """The engine ends, or could not start: nobody waits any more for what was begun in the background, such as
+        compilations. Drop what is queued, and end processes that work on it.
+
+        Phase: end. Order: 1. Times: once or more, also where loading fails or is interrupted. May raise: nothing.
+        """

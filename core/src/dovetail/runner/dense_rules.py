@@ -147,7 +147,9 @@ class DenseRules:
         _counted(self._tables.counts_BV, inputs.slots_R, tokens_RK)
 
     def warm_up(self) -> None:
-        """Compile what writes to the tables."""
+        """Compile what writes to the tables, unless something was written already."""
+        if self._write is not None:
+            return
         nobody = len(self._always) - 1
         row = NewRow(
             slot=nobody,

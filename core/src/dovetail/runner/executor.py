@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -33,18 +34,24 @@ class LocalExecutor(Executor):
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
+        self._platform: Platform | None = None
         self._runner: ModelRunner | None = None
         self._passes: list[Stepper | ForwardPass] = []
 
     def load(self, progress: Progress) -> ExecutorInfo:
         """Build platform, model, cache and runner; then warm up the shape policy's ladder."""
-        with blaming(self._config, "loading", PluginLoadError):
-            return self._load(progress)
+        try:
+            with blaming(self._config, "loading", PluginLoadError):
+                return self._load(progress)
+        except BaseException:
+            self.close()
+            raise
 
     def _load(self, progress: Progress) -> ExecutorInfo:
         config = self._config
         start = time.perf_counter()
         platform: Platform = load_selection(config.platform)(platform_config(config))
+        self._platform = platform
         ops = self_check.checked_ops(config.platform, platform, getattr(torch, config.dtype))
         shapes = platform.shape_policy(config.max_num_batched_tokens, config.max_num_seqs)
         main = LoadedModel.load(config, platform, ops, progress)
@@ -65,19 +72,27 @@ class LocalExecutor(Executor):
             self._passes.append(draft.forward)
             return stepper, draft
 
+        def bytes_per_block() -> int:
+            """With the draft model's share."""
+            return main.block_bytes(groups) + (0 if drafter is None else bytes_beside_block(drafter, groups))
+
         memory = platform.memory()
-        trial = None if memory.peak is None else passes(blocks=1)
+        is_counted = memory.peak is not None
+        trial_blocks = (
+            kv_memory.trial_blocks(config, bytes_per_block(), groups, memory) if is_counted and shapes.whole else 1
+        )
+        trial = passes(trial_blocks) if is_counted else None
         if trial is not None:
-            platform.prepare(lambda: rehearsal.pad_largest_step(config, *trial))
+            platform.prepare(partial(rehearsal.pad_largest_step, config, *trial))
         for loaded in filter(None, (main, drafter)):
             loaded.check_attention(shapes)
         if trial is not None:
             rehearsal.run_largest_step(config, *trial, groups)
-            memory = platform.memory()
-        bytes_per_block = main.block_bytes(groups)
-        beside = 0 if drafter is None else bytes_beside_block(drafter, groups)
-        blocks = kv_memory.num_blocks(config, bytes_per_block + beside, groups, memory)
-        stepper, draft = passes(blocks)
+            memory = kv_memory.without(platform.memory(), (trial_blocks - 1) * bytes_per_block())
+        blocks = kv_memory.num_blocks(config, bytes_per_block(), groups, memory)
+        if trial_blocks != blocks:
+            trial = None  # one cache at a time
+        stepper, draft = trial or passes(blocks)
         self._runner = ModelRunner(stepper, self._proposer(tables, draft))
         ready = time.perf_counter()
         rehearsal.warm_up(stepper, draft, ops, progress)
@@ -87,7 +102,7 @@ class LocalExecutor(Executor):
             num_blocks=blocks,
             block_size=config.block_size,
             groups=groups,
-            page_bytes=bytes_per_block,
+            page_bytes=main.block_bytes(groups),
             draft_bytes=0 if drafter is None else draft_bytes(drafter, groups, blocks),
             load_seconds=ready - start,
             warm_up_seconds=time.perf_counter() - ready,
@@ -113,6 +128,8 @@ class LocalExecutor(Executor):
         """Drop model and cache."""
         self._runner = None
         self._forget_passes()
+        if self._platform is not None:
+            self._platform.close()
 
     def _forget_passes(self) -> None:
         for each in self._passes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dovetail.config import EngineConfig
 from dovetail.contracts.attention import AttentionBackend, AttentionSpec, KVCache
@@ -65,8 +66,39 @@ def num_blocks(config: EngineConfig, bytes_per_block: int, groups: Sequence[KVGr
     blocks = budget // bytes_per_block
     if config.kv_cache_memory is not None:
         return blocks
-    full_contexts = config.max_num_seqs * per_request + 1
+    full_contexts = _full_contexts(config, groups)
     return min(blocks, full_contexts if config.memory_fraction is None else max(full_contexts, MOST_BLOCKS))
+
+
+def trial_blocks(config: EngineConfig, bytes_per_block: int, groups: Sequence[KVGroup], memory: MemoryInfo) -> int:
+    """Blocks of the cache over which the largest step shows what it takes, where each size of cache is compiled for.
+
+    As many as there will be, if that is known whatever the step takes, since half of the memory suffices for them: so
+    the step is not compiled again. Else the null block alone.
+
+    Args:
+        memory: before that step.
+
+    Raises:
+        ConfigError: as :func:`num_blocks`.
+    """
+    if config.memory_fraction is not None:
+        return 1
+    asked = config.kv_cache_memory
+    blocks = _full_contexts(config, groups) if asked is None else asked // bytes_per_block
+    fits = blocks * bytes_per_block <= min(_budget(config, memory), _room(memory) // 2)
+    return max(blocks, 1) if fits else 1
+
+
+def without(memory: MemoryInfo, cache: int) -> MemoryInfo:
+    """As it were without a cache of so many bytes."""
+    peak = None if memory.peak is None else memory.peak - cache
+    return replace(memory, available=memory.available + cache, held=memory.held - cache, peak=peak)
+
+
+def _full_contexts(config: EngineConfig, groups: Sequence[KVGroup]) -> int:
+    """Blocks that as many requests as may run hold, and the null block."""
+    return config.max_num_seqs * blocks_per_request(config, groups) + 1
 
 
 def _budget(config: EngineConfig, memory: MemoryInfo) -> int:

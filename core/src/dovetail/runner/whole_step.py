@@ -70,11 +70,16 @@ class WholeStep(Stepper):
             program = self._programs[kind, bucket] = self._platform.compile(kind, bucket)
         return program
 
+    # Platforms tell steps apart by the function that they compile, and each of those has one set of shapes per bucket.
+    # So these two are not one, which would have inputs with rules now, and without them then.
+
     def _plain(self, step: StepTensors, metadata: Sequence[Metadata], inputs: SampleInputs) -> SampleOutputs:
+        """Without rules in ``inputs``: nobody has one, so steps do not read tables as wide as the vocabulary."""
         _, logits_SV = self.forward.some(step, metadata)
         return self._sampler.choose(logits_SV, inputs)
 
     def _ruled(self, step: StepTensors, metadata: Sequence[Metadata], inputs: SampleInputs) -> SampleOutputs:
+        """With them, and log-probabilities: the sampler does more for the same call."""
         return self._plain(step, metadata, inputs)
 
     def _scored(self, step: StepTensors, metadata: Sequence[Metadata], inputs: SampleInputs) -> SampleOutputs:
