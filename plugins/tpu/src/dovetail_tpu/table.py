@@ -80,11 +80,11 @@ def configuration(model: str, **options: Any) -> EngineConfig:
         return resolve(asked, PluginHost().discover().registries)
 
 
-def compiled(case: Case, *, ruled: bool = False) -> list[AotProgram]:
+def compiled(case: Case, steps: Sequence[str] = (*STEPS,), *, ruled: bool = False) -> list[AotProgram]:
     """The programs of one case, one per step."""
     target = SLICES[f"{case.chip}-{4 * COUNTED[case.chip]}"]
     trial = Trial(configuration(case.model), target, case.devices)
-    return trial.compile([(tokens, LIMITS["max_num_seqs"]) for tokens in STEPS.values()], BLOCKS, ruled=ruled)
+    return trial.compile([(STEPS[step], LIMITS["max_num_seqs"]) for step in steps], BLOCKS, ruled=ruled)
 
 
 def rows(case: Case, programs: Sequence[AotProgram]) -> Iterator[tuple[str, ...]]:

@@ -53,12 +53,13 @@ def step_of(case: Case, tokens: int, kv_dtype: type = BF16, dtype: type = BF16, 
 
 STEPS = {
     "decodes": step_of(Case.DECODE, 64),
-    "mixed": step_of(Case.MIXED, 512),
     "prefill": step_of(Case.PREFILL, 2048),
     "decodes of fp8": step_of(Case.DECODE, 64, FP8),
     "prefill of int8": step_of(Case.PREFILL, 512, INT8),
 }
-UNUSUAL = {
+MIXED = step_of(Case.MIXED, 512)
+OTHERS = {
+    "mixed": MIXED,
     "prefill of fp8": step_of(Case.PREFILL, 512, FP8),
     "decodes of float32": step_of(Case.DECODE, 64, FLOAT, FLOAT),
     "one fp8 head": step_of(Case.DECODE, 64, FP8, kv_heads=1, heads=4),
@@ -112,32 +113,29 @@ def test_compiles_in_place(compile_step, chip, step):
 
 
 @on_every_chip
-@pytest.mark.parametrize("step", UNUSUAL.values(), ids=UNUSUAL)
-def test_unusual_layers_compile_in_place(compile_step, chip, step):
+@pytest.mark.parametrize("step", OTHERS.values(), ids=OTHERS)
+def test_other_layers_compile_in_place(compile_step, chip, step):
     assert_in_place(compile_step(chip, step), step)
 
 
 @pytest.mark.aot
 @on_every_chip
 def test_window_and_soft_cap_compile(compile_step, chip):
-    step = STEPS["mixed"]
-    assert_in_place(compile_step(chip, step, window=1000, soft_cap=50.0), step)
+    assert_in_place(compile_step(chip, MIXED, window=1000, soft_cap=50.0), MIXED)
 
 
 @pytest.mark.aot
 @on_every_chip
-@pytest.mark.parametrize("step", ["mixed", "prefill of int8"])
+@pytest.mark.parametrize("step", [MIXED, STEPS["prefill of int8"]], ids=["bfloat16", "int8"])
 def test_scatter_compiles_in_place(compile_on, chip, step):
-    step = STEPS[step]
     assert_in_place(compile_on(chip, kv_scatter, step.cache, *step.stored, donate=0), step)
 
 
 @pytest.mark.aot
 def test_compiles_beside_wide_numbers(compile_step):
-    step = STEPS["mixed"]
     with jax.enable_x64(True):
-        compiled = compile_step(V5E, step)
-    assert_in_place(compiled, step)
+        compiled = compile_step(V5E, MIXED)
+        assert_in_place(compiled, MIXED)
     assert "f64[" not in compiled.as_text()
 
 
@@ -160,7 +158,6 @@ def test_memory_of_chips_is_what_their_compiler_lets_a_program_use(compile_on, c
         compile_on(chip, lambda x: x + 1, ((1 << 19, 1 << 17), BF16))
 
 
-@pytest.mark.aot
 def test_more_vector_memory_than_there_is_would_be_refused(compile_step, monkeypatch):
     monkeypatch.setattr("dovetail_tpu.kernels.block_sizes.NAMED_SHARE", 4.0)
     with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
