@@ -97,6 +97,7 @@ def test_cores_are_physical_and_within_affinity_and_quota(described: Path, monke
         write(described / "topology" / f"cpu{cpu}" / "topology" / "thread_siblings_list", f"{cpu % 4},{cpu % 4 + 4}")
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(8)))
     assert machine.usable_cores() == 4
+    assert machine.usable_threads() == 8
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0, 1, 4})
     assert machine.usable_cores() == 2
     write(described / "cgroup" / "cpu.max", "max 100000")

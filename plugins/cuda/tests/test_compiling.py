@@ -7,6 +7,7 @@ import os
 import resource
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,8 @@ from triton.runtime import _async_compile, jit
 
 from dovetail.contracts.platform import Bucket
 from dovetail.errors import ConfigError
-from dovetail_cuda import compile_ahead, kernel_cache, platform, sampling_ahead
+from dovetail.platforms.cpu import machine
+from dovetail_cuda import compile_ahead, compile_worker, kernel_cache, platform, sampling_ahead
 from dovetail_cuda.compile_ahead import CompiledAhead, Compilers
 from dovetail_cuda.compile_worker import DONE, Job, Worker, Workers
 from dovetail_cuda.kernel_cache import KernelCache
@@ -329,7 +331,9 @@ def test_few_are_compiled_here_until_workers_are_ready(monkeypatch):
     monkeypatch.setattr(Job, "of", lambda *about: about)
     asked = []
     worker = SimpleNamespace(
-        is_ready=lambda wait=False: ready.wait(10 if wait else 0), compile=lambda job: asked.append(job)
+        is_ready=lambda wait=False: ready.wait(10 if wait else 0),
+        compile=lambda job: asked.append(job),
+        is_gone=False,
     )
     src, target, options = "source", "target", "options"
 
@@ -363,7 +367,8 @@ def test_no_more_are_compiled_together_than_there_are_workers(monkeypatch):
         time.sleep(0.01)
         asked.append(job)
 
-    workers = [SimpleNamespace(is_ready=lambda wait=False: True, compile=compile_there) for _ in range(2)]
+    ready = {"is_ready": lambda wait=False: True, "is_gone": False}
+    workers = [SimpleNamespace(compile=compile_there, **ready) for _ in range(2)]
     with compile_ahead._Pool(workers) as pool:
         for compiled in [pool.submit(lambda: (src, target, options, Kernel())[-1]) for _ in range(20)]:
             compiled.result()
@@ -402,3 +407,149 @@ def test_a_worker_that_died_is_no_loss(tmp_path):
     assert not worker.is_ready(wait=True)
     assert not worker.compile(job)
     workers.close()
+
+
+NO_JOB = Job(type(None), "module", "name", {}, {}, {}, None, {})
+
+
+@pytest.fixture
+def silent():
+    """A worker, and what is written to it, and the end at which it would answer."""
+    answers, answer = os.pipe()
+    jobs = io.BytesIO()
+    worker = Worker(jobs, os.fdopen(answers, "rb", buffering=0))
+    yield worker, jobs, answer
+    worker.close()
+    os.close(answer)
+
+
+def test_a_worker_that_hangs_is_given_up(silent, monkeypatch):
+    """What it says later is no answer to anything."""
+    worker, jobs, answer = silent
+    os.write(answer, DONE)
+    assert worker.is_ready()
+    monkeypatch.setattr(compile_worker, "PATIENCE", 0.05)
+    assert not worker.compile(NO_JOB)
+    assert worker.is_gone
+    asked = len(jobs.getvalue())
+    os.write(answer, DONE)
+    assert not worker.compile(NO_JOB)
+    assert len(jobs.getvalue()) == asked
+
+
+def test_a_worker_that_imports_for_ever_is_given_up(silent, monkeypatch):
+    worker, jobs, _ = silent
+    monkeypatch.setattr(compile_worker, "PATIENCE", 0.05)
+    assert not worker.is_ready()
+    assert not worker.is_gone
+    assert not worker.is_ready(wait=True)
+    assert not worker.compile(NO_JOB)
+    assert jobs.getvalue() == b""
+
+
+def test_kernels_of_workers_that_were_given_up_are_compiled_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(Job, "of", lambda *about: about)
+    src, target, options = "source", "target", "options"
+    asked = []
+    worker = SimpleNamespace(is_ready=lambda wait=False: True, is_gone=False)
+    worker.compile = lambda job: (asked.append(job), setattr(worker, "is_gone", True))
+    with compile_ahead._Pool([worker]) as pool:
+        compiled = [pool.submit(lambda: (src, target, options, Kernel())[-1]) for _ in range(5)]
+        assert all(isinstance(each.result(), Kernel) for each in compiled)
+    assert len(asked) == 1
+
+
+HANGS = """
+import os, sys, time
+for pair in sys.argv[1:]:
+    if os.fork() == 0:
+        os.write(int(pair.split(":")[1]), b"\\1")
+        time.sleep(600)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def hanging(tmp_path, monkeypatch):
+    """Processes that say that they are ready, and nothing else ever."""
+    popen = compile_worker.subprocess.Popen
+
+    def instead(command, **choices):
+        return popen([command[0], "-c", HANGS, *command[4:]], **choices)
+
+    monkeypatch.setattr(compile_worker.subprocess, "Popen", instead)
+    workers = Workers(tmp_path, 2)
+    assert all(worker.is_ready(wait=True) for worker in workers.each)
+    return workers
+
+
+def are_gone(workers):
+    """Whether no process of its group is left, a moment after they were killed."""
+    for _ in range(500):
+        if not group_of(workers):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def group_of(workers):
+    """The processes of its group that run."""
+    stats = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # others come and go
+            stats.append(path.read_text().rpartition(")")[2].split())
+    return [stat for stat in stats if int(stat[2]) == workers._process.pid and stat[0] != "Z"]
+
+
+def test_a_worker_that_hangs_does_not_keep_the_others_from_ending(hanging, monkeypatch):
+    monkeypatch.setattr(compile_worker, "PATIENCE", 0.05)
+    assert len(group_of(hanging)) == 3
+    assert not hanging.each[0].compile(NO_JOB)
+    hanging.close()
+    assert are_gone(hanging)
+
+
+def test_what_is_queued_is_dropped_where_loading_fails(hanging, monkeypatch):
+    """And those who wait for a process compile nothing instead."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(Job, "of", lambda *about: NO_JOB)
+    here = []
+    tested = object.__new__(CudaPlatform)
+    tested._workers, tested._compilers = hanging, Compilers(lambda logits: None, hanging)
+    src, target, options = "source", "target", "options"
+    queued = [
+        tested._compilers._pool.submit(lambda: here.append((src, target, options)) or Kernel()) for _ in range(8)
+    ]
+    while not all(each.running() for each in queued[:2]):
+        time.sleep(0.001)
+    started = time.monotonic()
+    tested.close()
+    for each in queued:
+        assert each.cancelled() or isinstance(each.exception(10), compile_ahead.CancelledError)
+    assert time.monotonic() - started < 5
+    assert here == []
+    assert are_gone(hanging)
+    tested.close()
+    hanging.close()
+
+
+def test_workers_end_where_nothing_was_compiled_yet(hanging):
+    tested = object.__new__(CudaPlatform)
+    tested._workers, tested._compilers = hanging, None
+    tested.close()
+    assert are_gone(hanging)
+    hanging.close()
+
+
+@pytest.mark.parametrize(("threads", "count"), [(4, 3), (64, 12), (1, 0)])
+def test_there_are_as_many_workers_as_the_container_has_processors_for(tmp_path, monkeypatch, threads, count):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(96)))
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    (tmp_path / "cpu.max").write_text(f"{threads * 100_000} 100000")
+    workers = Workers(tmp_path)
+    workers.kill()
+    workers.close()
+    assert len(workers.each) == count

@@ -195,6 +195,20 @@ def test_the_cache_is_finite_from_the_start(backend):
     assert not cache.values.any()
 
 
+def test_steps_whose_offsets_exceed_32_bits_are_refused(backend):
+    """With the heads of Llama-3.1-70B, on tensors without memory."""
+    spec = AttentionSpec(num_heads=64, num_kv_heads=8, head_size=128, scale=1.0)
+    most = (2**31 - 1) // (80 * 128)
+    cache, built = backend.allocate(spec, 1), backend.build_metadata(step(), 0)
+    for tokens in (most, most + 1):
+        q_THK = torch.empty(tokens, 80, 128, dtype=torch.bfloat16, device="meta")[:, :64]
+        if tokens == most:
+            assert backend.attend(q_THK, cache, built, spec).shape == (most, 64 * 128)
+        else:
+            with pytest.raises(ConfigError, match=rf"{tokens} tokens .* --max-num-batched-tokens {most}, or use"):
+                backend.attend(q_THK, cache, built, spec)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from inspect import getclosurevars
 from queue import Empty, SimpleQueue
@@ -117,6 +117,12 @@ class Compilers:
         if self._workers is not None:
             self._workers.close()
 
+    def drop(self) -> None:
+        """Nobody waits any more: compile nothing of what is queued, and end the processes. Idempotent."""
+        self._pool.drop()
+        if self._workers is not None:
+            self._workers.kill()
+
 
 class _Mode(AsyncCompileMode):  # type: ignore[misc]  # Triton has no types
     """Its base waits when it is left."""
@@ -144,6 +150,7 @@ class _Pool(ThreadPoolExecutor):
     def __init__(self, workers: Sequence[Worker]) -> None:
         self._idle: SimpleQueue[Worker] = SimpleQueue()
         self._ahead = Semaphore(AHEAD)
+        self._is_dropped = False
         for worker in workers:
             self._idle.put(worker)
         device = torch.cuda.current_device()
@@ -154,6 +161,8 @@ class _Pool(ThreadPoolExecutor):
 
         def ready() -> Any:
             with self._helped(fn):
+                if self._is_dropped:
+                    raise CancelledError
                 kernel = fn(*args, **named)  # finds what the worker left on disk
             kernel._init_handles()
             return kernel
@@ -164,6 +173,12 @@ class _Pool(ThreadPoolExecutor):
         """Ask no process any more."""
         while not self._idle.empty():
             self._idle.get()
+
+    def drop(self) -> None:
+        """Begin nothing any more. What a thread is at, it ends, and nobody waits for it."""
+        self._is_dropped = True
+        self.dismiss()
+        self.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
     def _helped(self, compile_it: Callable[..., Any]) -> Iterator[None]:
@@ -186,7 +201,8 @@ class _Pool(ThreadPoolExecutor):
             return
         worker.is_ready(wait=True)
         worker.compile(job)
-        self._idle.put(worker)
+        if not worker.is_gone:
+            self._idle.put(worker)
         yield
 
 

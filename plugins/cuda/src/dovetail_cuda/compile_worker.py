@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,12 @@ from pathlib import Path
 from select import POLLIN, poll
 from typing import Any, BinaryIO, NamedTuple
 
-WORKERS = min(12, (os.cpu_count() or 1) * 3 // 4)
+from dovetail.platforms.cpu import machine
+
+MOST = 12
+"""Workers. There are three for four threads of the processor."""
+PATIENCE = 180
+"""Seconds until a worker that does not answer is given up; the slowest kernel takes a small part of that."""
 DONE, FAILED = b"\1", b"\0"
 
 
@@ -54,27 +60,46 @@ class Job(NamedTuple):
 
 
 class Worker:
-    """A process, seen from the one that it works for. What goes wrong there leaves the kernel to be compiled here."""
+    """A process, seen from the one that it works for. What goes wrong there leaves the kernel to be compiled here.
+
+    Attributes:
+        is_gone: it ended, or did not answer in time, and is asked for nothing any more: what it says now would be taken
+            for an answer to something else.
+    """
 
     def __init__(self, jobs: BinaryIO, answers: BinaryIO) -> None:
+        self.is_gone = False
         self._jobs, self._answers = jobs, answers
         self._is_ready = False
 
     def is_ready(self, wait: bool = False) -> bool:
         """Whether it has all that it imports; ``wait`` until it has, or is gone."""
-        if not self._is_ready:
-            said = poll()
-            said.register(self._answers, POLLIN)
-            self._is_ready = bool(said.poll(None if wait else 0)) and self._answers.read(1) == DONE
+        if not (self._is_ready or self.is_gone):
+            answer = self._answer(PATIENCE if wait else 0)
+            self._is_ready = answer == DONE
+            self.is_gone = answer == b"" or (wait and not self._is_ready)
         return self._is_ready
 
     def compile(self, job: Job) -> bool:
         """Whether it was compiled."""
+        if self.is_gone:
+            return False
         try:
             self._jobs.write(pickle.dumps(job))
-        except (OSError, pickle.PicklingError, TypeError, AttributeError):  # it is gone, or the job stays here
+        except OSError:
+            self.is_gone = True
             return False
-        return self._answers.read(1) == DONE
+        except (pickle.PicklingError, TypeError, AttributeError):  # the job stays here
+            return False
+        answer = self._answer(PATIENCE)
+        self.is_gone = not answer
+        return answer == DONE
+
+    def _answer(self, seconds: float) -> bytes | None:
+        """A byte, none if the process has ended, or None if it says nothing for so long."""
+        said = poll()
+        said.register(self._answers, POLLIN)
+        return self._answers.read(1) if said.poll(1000 * seconds) else None
 
     def close(self) -> None:
         """Let it end."""
@@ -89,12 +114,15 @@ class Workers:
         each: one by one.
     """
 
-    def __init__(self, folder: Path, count: int = WORKERS) -> None:
+    def __init__(self, folder: Path, count: int | None = None) -> None:
         """Start them; they begin with their imports.
 
         Args:
             folder: that Triton keeps kernels in.
+            count: as many as this process may use the processor for, if not given.
         """
+        if count is None:
+            count = min(MOST, machine.usable_threads() * 3 // 4)
         environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "CUDA_VISIBLE_DEVICES": ""}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         jobs, answers = [os.pipe() for _ in range(count)], [os.pipe() for _ in range(count)]
@@ -116,12 +144,18 @@ class Workers:
         ]
 
     def close(self) -> None:
-        """Let them end. None is at work."""
-        if not any(worker.is_ready() for worker in self.each):
-            self._process.kill()  # it would import to the end
+        """Let them end. None is at work but those that were given up."""
+        if any(worker.is_gone for worker in self.each) or not any(worker.is_ready() for worker in self.each):
+            self.kill()  # they would not end, or import to the end
         for worker in self.each:
             worker.close()
         self._process.wait()
+
+    def kill(self) -> None:
+        """End them, whatever they do. Those who wait for one see that it is gone."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)  # each is of one group, and no one else is
+            self._process.wait()
 
 
 def _close(ends: Sequence[int]) -> None:

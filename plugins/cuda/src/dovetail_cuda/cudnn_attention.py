@@ -17,6 +17,8 @@ from dovetail_cuda.paged import PagedAttention, PagedCache, PagedMetadata
 DTYPES = (torch.bfloat16, torch.float16)
 OLDEST = 91000
 """Version of cuDNN that first takes pages with windows, single tokens and heads of up to 256."""
+LARGEST = 2**31 - 1
+"""Offset of queries or results: they are int32."""
 CHIPS = 9
 """Major compute capability. Older chips take no requests of unequal lengths; on newer ones, releases since 9.19 decode
 wrongly, which is why torch does not use them there either.
@@ -74,6 +76,7 @@ class CudnnAttention(PagedAttention):
         """Attend to what is stored."""
         if q_THK.stride()[1:] != (spec.head_size, 1):
             q_THK = q_THK.contiguous()
+        _check_offsets(len(q_THK), q_THK.stride(0))
         # the other kind of step will come, too, and building takes long
         single, mixed = (plan(self._shape(kind, q_THK, cache, metadata, spec)) for kind in (True, False))
         out_THK = q_THK.new_zeros(q_THK.shape)  # padding is left out, and must be finite
@@ -98,6 +101,19 @@ class CudnnAttention(PagedAttention):
             query_stride=q_THK.stride(0),
             blocks=len(cache.keys),
             block_size=self._block_size,
+        )
+
+
+def _check_offsets(tokens: int, stride: int) -> None:
+    """Where the first is that a step of this size may have, which is at start-up.
+
+    Raises:
+        ConfigError: where a token's queries begin cannot be said.
+    """
+    if tokens * stride > LARGEST:
+        raise ConfigError(
+            f"cudnn attention finds queries by offsets of 32 bits, which end at {LARGEST}; a step of {tokens} tokens "
+            f"of {stride} elements each exceeds them. Use --max-num-batched-tokens {LARGEST // stride}, or {_OTHER}."
         )
 
 

@@ -167,6 +167,13 @@ class CudaPlatform(Platform):
         if self._kernels is not None and self._pool is not None:
             self._kernels.complete()
 
+    def close(self) -> None:
+        """Kernels that are not compiled yet are left alone, and the processes end."""
+        if self._compilers is not None:
+            self._compilers.drop()
+        elif self._workers is not None:
+            self._workers.kill()
+
 
 def _why_none() -> str:
     if DRIVER.exists():

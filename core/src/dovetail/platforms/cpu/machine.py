@@ -58,10 +58,21 @@ def computes_bf16() -> bool:
 
 def usable_cores() -> int:
     """Physical cores within this process's affinity mask and CPU quota; at least 1."""
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    cores = {_siblings(cpu) for cpu in cpus}
+    return _within_quota(len({_siblings(cpu) for cpu in _affinity()}))
+
+
+def usable_threads() -> int:
+    """The same with the hardware threads of each core counted."""
+    return _within_quota(len(_affinity()))
+
+
+def _affinity() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _within_quota(count: int) -> int:
     quota = _cpu_quota()
-    return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
+    return max(1, count if quota is None else min(count, int(quota)))
 
 
 def _siblings(cpu: int) -> str:
