@@ -53,7 +53,13 @@ def scales_of(rows_LK: Array) -> Array:
     bits_LK = (rows_LK[:, -LANES:].astype(jnp.int32) & 1).astype(jnp.bfloat16)
     place_SK = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1) - (LANES - SCALE_BITS)
     power_SK = jnp.where(place_SK >= 0, 1 << jnp.maximum(place_SK, 0), 0).astype(jnp.float32).astype(jnp.bfloat16)
-    sums_SL = lax.dot_general(power_SK, bits_LK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    sums_SL = lax.dot_general(
+        power_SK,
+        bits_LK,
+        (((1,), (1,)), ((), ())),
+        precision=lax.Precision.DEFAULT,  # steps are traced at the highest, which no chip has for bfloat16
+        preferred_element_type=jnp.float32,
+    )
     return lax.bitcast_convert_type(sums_SL[:1].astype(jnp.int32) << 16, jnp.float32)
 
 
