@@ -74,6 +74,59 @@ for a, b in zip(want, got):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 """
 
+PRODUCTS = """
+import re
+import sys
+
+import torch
+from dovetail.ops import reference
+from dovetail.tensors import replaced
+from dovetail_tpu import bridges, quantized
+from dovetail_tpu.placement import Placement
+
+bridge = bridges.open_bridge("jax")
+devices, rows, inputs, outputs, group = bridge.num_devices, 5, 256, 48, 64
+torch.manual_seed(0)
+x, scale, grid = torch.randn(rows, inputs), torch.rand(outputs, 1), torch.rand(outputs, inputs // group)
+codes = torch.randint(-127, 128, (outputs, inputs)).to(torch.int8)
+pairs, zero = torch.randint(0, 256, (outputs, inputs // 2)).to(torch.uint8), torch.randint(0, 16, grid.shape).float()
+starts = torch.tensor([0, 2, 5])
+
+def dynamic(x, packed, ops, group=None):
+    values, x_scale = reference.quantize_rows(x, torch.int8, group)
+    if group is None:
+        return ops.scaled_mm(values, packed[0], x_scale, packed[1], torch.float32)
+    return ops.block_scaled_mm(values, packed, x_scale, torch.float32)
+
+twice = [torch.stack([one, one.flip(0)]) for one in (pairs, grid, zero)]
+products = {
+    "one scale": (lambda ops: ops.weight_only_pack(codes, scale), lambda x, p, ops: ops.weight_only_mm(x, p)),
+    "dynamic": (lambda ops: (codes, scale), dynamic),
+    "in blocks": (lambda ops: ops.block_scaled_pack(codes, grid, group), lambda x, p, ops: dynamic(x, p, ops, group)),
+    "pairs": (lambda ops: (pairs, grid, zero), lambda x, p, ops: ops.w4a16_mm(x, *p, group)),
+    "experts": (
+        lambda ops: ops.quantized_experts_pack(*twice, group),
+        lambda x, p, ops: ops.quantized_experts_mm(x, p, starts),
+    ),
+}
+for name in sys.argv[1:]:
+    pack, product = products[name]
+    want = product(x, pack(reference), reference)
+    for layer, sums in ("gate_up_proj", 0), ("down_proj", 1):
+        host = pack(quantized)
+        layout = Placement(None, devices).of(f"{layer}._packed", host)
+        packed = replaced(host, lambda tensor: bridge.adopt(*layout.of(tensor)))
+        own = packed[0]._elem.addressable_shards[0].data.size
+        assert own * devices == host[0].numel(), (name, layer)
+        traced = bridge.trace(lambda words: [product(x + words[0], packed, quantized)], 1)
+        executable = bridge.compile(traced)
+        (got,) = bridge.to_host(bridge.call(executable, torch.zeros(1, dtype=torch.int32)))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+        text = executable.compiled.as_text()
+        assert not re.findall("all-gather|all-to-all|collective-permute", text), (name, layer)
+        assert text.count(" all-reduce(") == sums * (2 if name == "dynamic" else 1), (name, layer)
+"""
+
 
 def run_on(devices: int, script: str, *arguments: str) -> str:
     """Run a script in a process that sees so many devices of the host; its output."""
@@ -91,6 +144,18 @@ def run_on(devices: int, script: str, *arguments: str) -> str:
 )
 def test_kernels_on_several_devices_compute_what_one_does(devices, kv_heads):
     run_on(devices, ON_HEADS, str(kv_heads))
+
+
+@pytest.mark.parametrize(
+    ("devices", "products"),
+    [
+        (2, ["dynamic", "pairs"]),
+        pytest.param(4, ["one scale", "dynamic", "in blocks", "pairs", "experts"], marks=pytest.mark.slow),
+    ],
+)
+def test_devices_multiply_with_what_they_have_of_quantized_weights(devices, products):
+    """They sum products over inputs, and agree on scales of rows, but send no weights to each other."""
+    run_on(devices, PRODUCTS, *products)
 
 
 @pytest.mark.parametrize(

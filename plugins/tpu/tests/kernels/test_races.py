@@ -16,13 +16,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dovetail_tpu import kernels
-from dovetail_tpu.kernels.chip import V5E
+from dovetail_tpu.kernels.chip import V5E, V5P
 from dovetail_tpu.kernels.grouped_matmul import grouped_matmul
 from dovetail_tpu.kernels.int4_matmul import int4_matmul
-from dovetail_tpu.kernels.quantized_matmul import Weight, scales_by_step
+from dovetail_tpu.kernels.quantized_matmul import Weight, quantized_matmul, scales_by_step
 from dovetail_tpu.kernels.rms_norm import rms_norm
 
-SIMULATED = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
+SIMULATED = pltpu.InterpretParams(
+    detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan", num_cores_or_threads=2
+)
+"""Two cores, as behind a device of v5p: they share what grids declare parallel."""
 SIMULATED_IN = {
     "kv_write": "test_kv_write",
     "quantized_matmul": "test_quantized_matmul",
@@ -48,6 +51,18 @@ def test_pairs():
     out_TO = int4_matmul(x_TI, pairs_OJ, scale_OG, zero_OG, group=group, chip=V5E, interpret=SIMULATED)
     zero_OI, scale_OI = (np.repeat(grid_OG.astype(np.float64), group, axis=1) for grid_OG in (zero_OG, scale_OG))
     assert_agree(out_TO, x_TI.astype(np.float64) @ ((values_OI - zero_OI) * scale_OI).T, 5e-6)
+
+
+@pytest.mark.parametrize(("rows", "outputs"), [(200, 600), pytest.param(200, 70, marks=pytest.mark.slow)])
+def test_tiles_of_rows_and_of_outputs(rows, outputs):
+    rng, inputs = np.random.default_rng(rows), 256
+    codes_OI = rng.integers(-127, 128, (outputs, inputs)).astype(np.int8)
+    scale_O1 = rng.uniform(0.01, 0.1, (outputs, 1)).astype(np.float32)
+    scale = scales_by_step(jnp.asarray(scale_O1)[None], inputs, inputs)
+    weight = Weight(jnp.asarray(codes_OI)[None], scale, None, inputs)
+    x_TI = rng.normal(size=(rows, inputs)).astype(np.float32)
+    out_TO = quantized_matmul(x_TI, weight, out_dtype=jnp.float32, chip=V5P, interpret=SIMULATED)
+    assert_agree(out_TO, x_TI.astype(np.float64) @ (codes_OI * scale_O1.astype(np.float64)).T, 5e-6)
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ def quantized_matmul(
         count = pl.cdiv(rows, tiles.rows)
         experts = jnp.append(jnp.zeros(count, jnp.int32), jnp.int32(count))
         return tiled_product(
-            x_TI, weight, x_scale_TG, experts, tiles, out_dtype=out_dtype, chip=chip, interpret=interpret
+            x_TI, weight, x_scale_TG, experts, tiles, out_dtype=out_dtype, chip=chip, interpret=interpret, is_full=True
         )
 
 
@@ -187,11 +187,16 @@ def tiled_product(
     out_dtype: DTypeLike,
     chip: Chip | None,
     interpret: bool | pltpu.InterpretParams,
+    is_full: bool = False,
 ) -> Array:
     """Products of tiles of rows, each with the weight of one expert: ``[T, O]``.
 
+    Two cores behind one device share tiles of outputs; and tiles of rows, if all have some. One that has none repeats
+    the block of the last that has, which another core may be writing.
+
     Args:
         experts: int32: of each tile of rows, then the number of tiles that have rows; results of others are undefined.
+        is_full: all tiles have rows.
     """
     codes = weight.codes_EOJ
     columns, parts = codes.shape[2], parts_of(codes.dtype)
@@ -220,7 +225,8 @@ def tiled_product(
             scratch_shapes=[pltpu.VMEM((tiles.rows, tiles.outputs), jnp.float32)],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=tiles.vmem_bytes
+            dimension_semantics=("parallel", "parallel" if is_full else "arbitrary", "arbitrary"),
+            vmem_limit_bytes=tiles.vmem_bytes,
         ),
         interpret=interpret,
         name="quantized_matmul",
