@@ -167,6 +167,8 @@ class JaxBridge:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        # XLA's own caches would lie in the folder too, and its path would become part of every program's key
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
         compilation_cache.reset_cache()  # it may have been opened elsewhere
 
     def _place(self, host: Tensor, sharding: NamedSharding) -> Any:
