@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from dovetail_tpu.kernels.block_sizes import Blocks
 from dovetail_tpu.kernels.gather_attention import gather_attention
 from dovetail_tpu.kernels.kv_write import cache_shape
-from dovetail_tpu.kernels.ragged_attention import ragged_attention
+from dovetail_tpu.kernels.ragged_attention import _Shape, deal, plan_visits, ragged_attention
 
 VMEM = 1 << 24
 BLOCKS = Blocks(queries=8, pages=4, chunk=2, vmem_bytes=VMEM)
@@ -53,15 +53,16 @@ class Layer:
 
 LAYERS = {
     "one query head each": Layer(heads=3, kv_heads=3, size=64),
-    "window": Layer(heads=4, kv_heads=2, size=96, window=5, blocks=Blocks(16, 2, 2, VMEM)),
+    "window": Layer(heads=4, kv_heads=2, size=96, window=5, blocks=Blocks(16, 2, 2, VMEM, cores=2)),
     "window and soft cap": Layer(heads=8, kv_heads=1, size=256, window=17, soft_cap=1.5, blocks=Blocks(4, 8, 2, VMEM)),
-    "itself alone": Layer(heads=5, kv_heads=1, size=128, window=1, blocks=Blocks(8, 1, 1, VMEM)),
+    "itself alone": Layer(heads=5, kv_heads=1, size=128, window=1, blocks=Blocks(8, 1, 1, VMEM, cores=2)),
     "bfloat16": Layer(heads=4, kv_heads=2, size=128, dtype="bfloat16", kv_dtype="bfloat16"),
-    "stored as bfloat16": Layer(heads=7, kv_heads=1, size=64, kv_dtype="bfloat16", blocks=Blocks(48, 8, 8, VMEM)),
+    "fewer blocks than cores": Layer(
+        heads=7, kv_heads=1, size=80, kv_dtype="bfloat16", blocks=Blocks(48, 8, 8, VMEM, cores=2)
+    ),
     "stored as float8": Layer(heads=6, kv_heads=1, size=128, dtype="bfloat16", kv_dtype="float8_e4m3fn"),
-    "stored as int8": Layer(heads=4, kv_heads=1, size=64, kv_dtype="int8"),
-    "stored as int8 in full lanes": Layer(heads=4, kv_heads=2, size=128, kv_dtype="int8", window=30, soft_cap=2.0),
-    "stored as int8 for bfloat16": Layer(heads=2, kv_heads=2, size=256, dtype="bfloat16", kv_dtype="int8"),
+    "stored as int8": Layer(heads=4, kv_heads=2, size=128, kv_dtype="int8", window=30, soft_cap=2.0),
+    "stored as int8 for bfloat16": Layer(heads=2, kv_heads=1, size=64, dtype="bfloat16", kv_dtype="int8"),
 }
 
 
@@ -178,12 +179,42 @@ def test_wide_integers():
             assert_agrees(kernel(q_THK, kv_X2NK, *tables), step, "with int64 tables")
 
 
-SIMULATED = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
-"""Memories of the chip: copies are done when awaited, what was not written holds NaN, and nothing lies outside."""
+SHAPE = _Shape(queries=8, group=1, page=PAGE, pages=2, chunk=1, columns=COLUMNS, scale=1, window=None, soft_cap=None)
+NUM_BLOCKS = TOKENS // SHAPE.queries
 
 
-def test_copies_do_not_race_and_leave_pages_before_the_window_alone():
-    layer = Layer(heads=4, kv_heads=2, size=128, window=20, blocks=Blocks(16, 2, 1, VMEM))
+@jax.jit
+def planned(starts_R1, lengths_R):
+    visits = plan_visits(starts_R1, lengths_R, NUM_BLOCKS, SHAPE)
+    return visits, deal(visits, NUM_BLOCKS, cores=2)
+
+
+@pytest.mark.parametrize("what", STEPS)
+def test_each_block_belongs_to_one_core_and_copies_to_both(what):
+    step = step_of(LAYERS["one query head each"], what)
+    visits, dealt = jax.tree.map(np.asarray, planned(step.starts_R1, step.lengths_R))
+    first, second = ({*blocks_V.tolist()} for blocks_V in dealt.block)
+    assert first
+    assert second
+    assert sorted([*first, *second]) == list(range(NUM_BLOCKS))
+    for name in ("pages", "opens", "closes"):
+        assert getattr(dealt, name).sum() == getattr(visits, name).sum()
+    assert not dealt.pages[:, -1].any()
+    steps_V, steps_CV = (-(-numbers.pages // SHAPE.pages) for numbers in (visits, dealt))
+    assert abs(int(np.diff(steps_CV.sum(1))[0])) <= 2 * np.bincount(visits.block, steps_V).max()
+
+
+def simulated(cores):
+    """Memories of the chip: copies are done when awaited, what was not written holds NaN, and nothing lies outside."""
+    return pltpu.InterpretParams(
+        detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan", num_cores_or_threads=cores
+    )
+
+
+@pytest.mark.parametrize(("kv_dtype", "cores"), [("float32", 1), ("int8", 2)])
+def test_copies_do_not_race_and_leave_pages_before_the_window_alone(kv_dtype, cores):
+    blocks = Blocks(16, 2, 1, VMEM, cores)
+    layer = Layer(heads=4, kv_heads=2, size=128, kv_dtype=kv_dtype, window=20, blocks=blocks)
     step = Step(layer, STEPS["a mix"])
     left_out = 0
     for r, (length, new) in enumerate(step.sizes):
@@ -191,5 +222,5 @@ def test_copies_do_not_race_and_leave_pages_before_the_window_alone():
         step.table_RB[r, :first_page] = 10**6
         left_out += first_page
     assert left_out
-    assert_agrees(ragged(layer, SIMULATED)(*step.arrays), step, "simulated")
+    assert_agrees(ragged(layer, simulated(cores))(*step.arrays), step, "simulated")
     assert not interpret_pallas_call.races.races_found

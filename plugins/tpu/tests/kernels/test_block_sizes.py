@@ -38,6 +38,7 @@ def test_every_shape_fits(chip, case):
         assert blocks.queries * shape.group * shape.itemsize % 32 == 0
         assert blocks.queries <= max(16, 2 * shape.tokens)
         assert blocks.pages <= 2 * shape.columns
+        assert blocks.cores == chip.cores
 
 
 def test_decodes_take_few_rows_and_prompts_enough_to_be_bound_by_arithmetic():

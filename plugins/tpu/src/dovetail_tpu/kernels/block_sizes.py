@@ -49,12 +49,14 @@ class Blocks:
         pages: that are copied at a time.
         chunk: pages that are attended to at a time; it divides ``pages``.
         vmem_bytes: that the compiler may use.
+        cores: that share the blocks of queries.
     """
 
     queries: int
     pages: int
     chunk: int
     vmem_bytes: int
+    cores: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +106,7 @@ def attention_blocks(chip: Chip, case: Case, shape: AttentionShape) -> Blocks:
     _check_tables(chip, shape)
     pages = _pages(chip, shape)
     chunk = min(pages, max(1, CHUNK // _power_of_two(shape.page)))
-    blocks = Blocks(_queries(chip, case, shape), pages, chunk, int(chip.vmem_bytes * VMEM_SHARE))
+    blocks = Blocks(_queries(chip, case, shape), pages, chunk, int(chip.vmem_bytes * VMEM_SHARE), chip.cores)
     while sum(attention_vmem(blocks, shape)) > chip.vmem_bytes * NAMED_SHARE:
         blocks = _smaller(blocks, chip, shape)
     return blocks

@@ -22,6 +22,8 @@ class Chip:
         hbm_bytes: memory of a device that the compiler lets a program use.
         hbm_bandwidth, bf16_rate: bytes and operations per second of a core.
         vmem_bytes, smem_bytes: vector and scalar memory of a core.
+        cores: that a device may have, which share its memory. A kernel uses the second where its grid has a dimension
+            that is declared parallel.
         int8_products, fp8_products: whether the matrix unit multiplies these. Where it does not, operands are to be
             widened to bfloat16 first.
     """
@@ -33,6 +35,7 @@ class Chip:
     bf16_rate: float
     vmem_bytes: int
     smem_bytes: int = MIB
+    cores: int = 1
     int8_products: bool
     fp8_products: bool
 
@@ -49,6 +52,7 @@ V4 = Chip(
     hbm_bandwidth=615e9,
     bf16_rate=137.5e12,
     vmem_bytes=16 * MIB,
+    cores=2,
     int8_products=False,
     fp8_products=False,
 )
@@ -69,6 +73,7 @@ V5P = Chip(
     hbm_bandwidth=1230e9,
     bf16_rate=229.5e12,
     vmem_bytes=64 * MIB,
+    cores=2,
     int8_products=True,
     fp8_products=False,
 )
@@ -94,7 +99,8 @@ TPU7X = Chip(
 )
 
 CHIPS = MappingProxyType({chip.name: chip for chip in (V4, V5E, V5P, V6E, TPU7X)})
-"""By name. A v4 or tpu7x chip has two cores, each a device of its own here; a v5p chip's two are one device."""
+"""By name. A tpu7x chip has two cores, each a device of its own; a v5p chip's two are one device. A v4 chip is driven
+either way: memory is that of the former, and kernels divide their work as for the latter, which is right for both."""
 
 
 def chip_of_kind(kind: str) -> Chip | None:

@@ -6,6 +6,9 @@ order of tokens, and a program of the grid computes one: it walks the keys that 
 HBM (Kwon et al. 2023, arXiv:2309.06180); the program copies some at a time into one half of a buffer while it
 computes on the other half. The first pages of a visit are copied while the visit before it computes its last ones.
 Blocks of queries are laid out by key/value head, so that a head's queries are the rows of one matrix.
+
+Where a device has two cores, each takes a run of whole blocks, about half of all copies: no block of results is
+written by both, and neither waits for the other.
 """
 
 from __future__ import annotations
@@ -82,7 +85,9 @@ def ragged_attention(
             window=window,
             soft_cap=soft_cap,
         )
-        visits = plan_visits(starts_R1, lengths_R, q_NRK.shape[1] // shape.rows, shape)
+        num_blocks = q_NRK.shape[1] // shape.rows
+        visits = plan_visits(starts_R1, lengths_R, num_blocks, shape)
+        visits = deal(visits, num_blocks, min(blocks.cores, num_blocks))
         out_NRK = _launch(visits, table_RB, q_NRK, kv_X2NK, shape, blocks.vmem_bytes, interpret)
         return _by_token(out_NRK, group)[: len(q_THK), :, : q_THK.shape[2]]
 
@@ -180,6 +185,24 @@ def plan_visits(starts_R1: Array, lengths_R: Array, num_blocks: int, shape: _Sha
     )
 
 
+def deal(visits: Visit, num_blocks: int, cores: int) -> Visit:
+    """The visits of each core, ``[cores, V]`` of each number. A core has blocks of its own, one at least.
+
+    After a core's visits come some of no tokens to its last block, one at least.
+    """
+    count = len(visits.block)
+    share_C = jnp.arange(cores) * visits.step[-1] // cores
+    reached_C = visits.block[jnp.searchsorted(visits.step, share_C, side="left", method="compare_all")]
+    first_block_C = jnp.clip(reached_C, jnp.arange(cores), jnp.arange(cores) + num_blocks - cores)
+    first_block_C = lax.cummax(first_block_C.at[0].set(0))
+    first_C1 = jnp.append(jnp.searchsorted(visits.block, first_block_C, method="compare_all"), count)
+    place_CV = first_C1[:-1, None] + jnp.arange(count)
+    is_own_CV = place_CV < first_C1[1:, None]
+    dealt = Visit(*(x_V[jnp.minimum(place_CV, first_C1[1:, None] - 1)] for x_V in visits))
+    ends = {name: jnp.where(is_own_CV, getattr(dealt, name), 0) for name in ("opens", "closes", "pages")}
+    return dealt._replace(**ends)
+
+
 def _by_kv_head(q_THK: Array, kv_heads: int, queries: int, padded: int) -> Array:
     """Queries as ``[N, T × group, Kp]``, with tokens rounded up to whole blocks."""
     tokens, heads, size = q_THK.shape
@@ -205,14 +228,17 @@ def _launch(
     interpret: bool | pltpu.InterpretParams,
 ) -> Array:
     kv_heads, _, padded = q_NRK.shape
-    block = pl.BlockSpec((kv_heads, shape.rows, padded), lambda v, visits, table: (0, _visit(visits, v).block, 0))
+    cores, count = visits.block.shape
+    block = pl.BlockSpec(
+        (kv_heads, shape.rows, padded), lambda core, v, visits, table: (0, _visit(visits, core * count + v).block, 0)
+    )
     softmax = pltpu.VMEM((kv_heads, shape.rows, LANES), jnp.float32)
     return pl.pallas_call(
         functools.partial(_attend_kernel, shape=shape),
         out_shape=jax.ShapeDtypeStruct(q_NRK.shape, q_NRK.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=visits.block.shape,
+            grid=(cores, count),
             in_specs=[block, pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=block,
             scratch_shapes=[
@@ -223,10 +249,12 @@ def _launch(
                 pltpu.VMEM((kv_heads, shape.rows, padded), jnp.float32),
             ],
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_bytes),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes
+        ),
         interpret=interpret,
         name="ragged_attention",
-    )(jnp.stack([x.astype(jnp.int32) for x in visits]), table_RB.reshape(-1), q_NRK, kv_X2NK)
+    )(jnp.stack([x_CV.reshape(-1).astype(jnp.int32) for x_CV in visits]), table_RB.reshape(-1), q_NRK, kv_X2NK)
 
 
 def _visit(visits_ref: Array, v: Array) -> Visit:
@@ -250,7 +278,7 @@ def _attend_kernel(
     """One visit. What is in ``best``, ``total`` and ``acc`` belongs to the block, what is in the buffer to the steps.
 
     Args:
-        visits_ref, table_ref: scalar memory: :class:`Visit` as ``[numbers, visits]``, and block tables in a row.
+        visits_ref, table_ref: scalar memory: :class:`Visit` as ``[numbers, cores × visits]``, and tables in a row.
         q_ref, out_ref: the visit's block, ``[N, rows, Kp]``.
         kv_ref: the whole cache, in HBM.
         buffer_ref: two halves for ``pages`` pages each.
@@ -258,7 +286,7 @@ def _attend_kernel(
         best_ref, total_ref: best score and sum of weights of each query, the same in all lanes.
         acc_ref: weighted sum of values.
     """
-    v = pl.program_id(0)
+    v = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)
     visit = _visit(visits_ref, v)
     steps = pl.cdiv(visit.pages, shape.pages)
     copies = functools.partial(_copies, table_ref, kv_ref, buffer_ref, arrived, shape)
@@ -269,7 +297,7 @@ def _attend_kernel(
         total_ref[...] = jnp.zeros_like(total_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    @pl.when(v == 0)
+    @pl.when(pl.program_id(1) == 0)
     def start_first() -> None:
         copies(visit, 0, lambda copy: copy.start())
 
@@ -279,7 +307,7 @@ def _attend_kernel(
             copies(visit, i + 1, lambda copy: copy.start())
 
         @pl.when(i + 1 == steps)
-        def start_next_visit() -> None:  # there is one: the last visits are of no tokens
+        def start_next_visit() -> None:  # there is one: a core's last visits are of no tokens
             copies(_visit(visits_ref, v + 1), 0, lambda copy: copy.start())
 
         copies(visit, i, lambda copy: copy.wait())
