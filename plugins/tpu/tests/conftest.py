@@ -1,8 +1,12 @@
 """Programs execute on the host, whatever the machine has."""
 
+import os
+
 import jax
 import pytest
 
+# threads of JAX's runtime for hosts: Pallas' simulator waits in one for others, for ever if a lone core brings but one
+os.environ.setdefault("NPROC", str(max(4, os.cpu_count() or 1)))
 jax.config.update("jax_platforms", "cpu")  # it has read its variable already
 COMPILER = "libtpu, the chips' compiler, is not installed"
 
