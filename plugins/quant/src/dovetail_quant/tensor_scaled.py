@@ -59,6 +59,8 @@ class TensorScaled:
             rows = slice(end, end := end + len(list(equal)))
             scaled = Scaled(ops.scaled_mm_pack(weight_OI[rows]), scale_O1[rows].clone())
             parts.append(Part(scaled, input_scale_O[rows][:1].view(1, 1).clone(), rows))
+        # a platform may hold an output more than once: all that follow are the last part's
+        parts[-1] = parts[-1]._replace(bias=slice(parts[-1].bias.start, None))
         return parts
 
     def apply(self, x_TI: Tensor, packed: PackedLinear, bias_O: Tensor | None, ops: OpTable) -> Tensor:
