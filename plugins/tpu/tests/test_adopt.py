@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,6 +84,27 @@ def test_the_host_keeps_nothing(bridge):
     Adoption(bridge).of(module)
     gc.collect()
     assert not [x for x in gc.get_objects() if type(x) is Tensor and x.shape == (1234,)]
+
+
+def test_tensors_of_the_host_go_one_by_one(bridge, monkeypatch):
+    """At the start of each copy, the one before is gone."""
+    model = nn.Sequential(*(nn.Linear(3, 5) for _ in range(2)))
+    model.packed = Pair(torch.ones(7, 2), torch.rand(7, 1))
+    alive, refs, adopt = [], [], bridge.adopt
+
+    def watched(host, spec=()):
+        refs.append(weakref.ref(host))
+        alive.append(sum(ref() is not None for ref in refs))
+        return adopt(host, spec)
+
+    monkeypatch.setattr(bridge, "adopt", watched)
+    gc.disable()
+    try:
+        Adoption(bridge).of(model)
+    finally:
+        gc.enable()
+    assert alive == [1, 2, 1, 1, 1, 1]  # the container's go together
+    assert not any(ref() for ref in refs)
 
 
 def test_containers_are_made_anew(bridge):
