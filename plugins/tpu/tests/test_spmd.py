@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 Tensors = Iterator[tuple[str, Tensor]]
 
 SCRIPT = """
-import json, sys
+import ast, json, sys
 from pathlib import Path
 
 from dovetail import SamplingParams
@@ -38,7 +38,7 @@ def tokens(**options):
     executor = LocalExecutor(config)
     engine = Engine(config, executor, executor.load(Progress()))
     for length in (3, 20, 9):
-        for sampled in ({"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9}):
+        for sampled in ast.literal_eval(sys.argv[4]):
             name = f"{length} {sampled}"
             prompt = [(7 * length + 31 * place) % 100 + 3 for place in range(length)]
             engine.add(engine_request(prompt, request_id=name, max_tokens=12, ignore_eos=True, seed=5, **sampled))
@@ -53,6 +53,11 @@ got = tokens(platform="tpu", attention=sys.argv[3])
 assert want == got, (want, got)
 assert len({tuple(found) for found in want.values()}) > 3
 """
+SAMPLINGS: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9}]
+RULES: list[dict[str, Any]] = [
+    {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.5},
+    {"temperature": 1.0, "frequency_penalty": 0.7, "logit_bias": {9: 2.0}, "allowed_token_ids": [*range(5, 90)]},
+]
 LIMITS: dict[str, Any] = {"max_model_len": 48, "max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 16}
 TINY: dict[str, Any] = {
     "vocab_size": 128,
@@ -85,11 +90,21 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_on(devices: int, attention: str = "tpu-gather", **options: Any) -> None:
+def run_on(
+    devices: int, attention: str = "tpu-gather", samplings: Sequence[dict[str, Any]] = SAMPLINGS, **options: Any
+) -> None:
     """Compare tokens in a process that sees so many devices."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(LIMITS | options), str(devices), attention]
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        json.dumps(LIMITS | options),
+        str(devices),
+        attention,
+        repr([*samplings]),
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -102,6 +117,11 @@ def test_the_demo_model_gives_the_same_tokens(devices):
 @pytest.mark.slow
 def test_kernels_in_pallas_give_the_same_tokens():
     run_on(2, "tpu")
+
+
+@pytest.mark.slow
+def test_rules_give_the_same_tokens():
+    run_on(2, samplings=RULES)
 
 
 @pytest.mark.slow
