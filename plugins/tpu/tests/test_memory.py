@@ -1,11 +1,22 @@
 """What the platform says about memory, on a chip and on the host."""
 
+from dataclasses import replace
+from threading import Event
+from time import sleep
+
+import pytest
 import torch
 
+from dovetail.contracts.attention import StepTensors
 from dovetail.contracts.platform import Bucket, PlatformConfig
+from dovetail.errors import ConfigError
+from dovetail.testing.conformance import PlatformSuite, registered, unregistered
+from dovetail_tpu import compile_pool
 from dovetail_tpu.bridges.jax_bridge import JaxBridge
 from dovetail_tpu.bridges.protocol import ChipMemory
 from dovetail_tpu.platform import TpuPlatform
+
+MANIFEST = registered("tpu").find("platforms").manifest
 
 
 def test_the_peak_is_what_is_held_and_the_largest_program(monkeypatch):
@@ -40,3 +51,93 @@ def test_eager_steps_and_weights_stay_on_the_host():
     step = lambda x: (x * table,)  # noqa: E731
     assert platform.compile(step, Bucket(16, 1)) is step
     platform.warmed_up()
+
+
+def on_a_chip(monkeypatch, temp=lambda executable: executable.compiled.memory_analysis().temp_size_in_bytes):
+    """As if programs ran on one, whose compiler counts ``temp`` of each."""
+    compile_it = JaxBridge.compile
+
+    def compiled(bridge, traced):
+        executable = compile_it(bridge, traced)
+        return replace(executable, temp_bytes=temp(executable))
+
+    monkeypatch.setattr(JaxBridge, "memory", lambda bridge: ChipMemory(total=16 << 30, held=1 << 30))
+    monkeypatch.setattr(JaxBridge, "compile", compiled)
+
+
+def test_the_suite_sees_the_peak_of_steps(monkeypatch):
+    """With what the host's compiler counts."""
+    suite = type("OnAChip", (PlatformSuite,), {"subject": unregistered(TpuPlatform, MANIFEST)})()
+    on_a_chip(monkeypatch)
+    suite.test_memory()
+    on_a_chip(monkeypatch, lambda executable: 0)
+    with pytest.raises(pytest.fail.Exception, match="lacks the peak of a step"):
+        suite.test_memory()
+
+
+def test_where_the_compiler_says_nothing_a_part_is_set_aside(monkeypatch, caplog):
+    on_a_chip(monkeypatch, lambda executable: None)
+    platform = TpuPlatform(PlatformConfig())
+    assert platform.memory().peak == 1 << 30
+    platform.compile(lambda x: (x + 1,), Bucket(16, 1))(torch.zeros(16))
+    memory = platform.memory()
+    assert memory.peak - memory.held == 2 << 30
+    assert "2.00 GiB of each chip are set aside" in caplog.text
+
+
+@pytest.mark.parametrize("temp", [None, 100])
+def test_the_largest_step_runs_before_serving_where_the_compiler_says_nothing(monkeypatch, temp):
+    on_a_chip(monkeypatch, lambda executable: temp)
+    platform, ran = TpuPlatform(PlatformConfig()), []
+    call = JaxBridge.call
+    monkeypatch.setattr(
+        JaxBridge, "call", lambda bridge, *given: (ran.append(len(given[1])), call(bridge, *given))[1]
+    )
+    for tokens in (64, 64, 16):
+        platform.compile(lambda step: (step.token_ids_T + 1,), Bucket(tokens, 2))(padded(tokens))
+    platform.await_compiled(lambda done, total: None)
+    assert len(ran) == (2 if temp is None else 0)
+    assert len(set(ran)) <= 1
+
+
+def test_a_step_that_does_not_run_beside_the_cache_is_refused_before_serving(monkeypatch):
+    def exhausted(bridge, executable, packed_W):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Attempting to allocate 3.00G. That was not possible. HBM")
+
+    on_a_chip(monkeypatch, lambda executable: None)
+    monkeypatch.setattr(JaxBridge, "call", exhausted)
+    platform = TpuPlatform(PlatformConfig())
+    platform.compile(lambda step: (step.token_ids_T + 1,), Bucket(16, 2))(padded(16))
+    with pytest.raises(ConfigError, match=r"largest step does not fit into the memory .* --kv-cache-memory"):
+        platform.await_compiled(lambda done, total: None)
+
+
+def test_programs_that_are_queued_are_dropped_where_loading_fails(monkeypatch):
+    begun, release = [], Event()
+    monkeypatch.setattr(compile_pool, "MOST_THREADS", 1)
+    monkeypatch.setattr(JaxBridge, "compile", lambda bridge, traced: (begun.append(1), release.wait(10)))
+    platform = TpuPlatform(PlatformConfig())
+    for tokens in (64, 32, 16):
+        platform.compile(lambda step: (step.token_ids_T + 1,), Bucket(tokens, 2))(padded(tokens))
+    while not begun:
+        sleep(0.001)
+    platform.close()
+    assert all(future.cancelled() for future in platform._programs.pool._under_way[1:])
+    release.set()
+    platform.close()
+
+
+def padded(tokens):
+    """A step of padding alone."""
+    zeros, ends = torch.zeros(tokens, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+    return StepTensors(
+        token_ids_T=zeros,
+        positions_T=zeros,
+        query_start_R1=torch.zeros(3, dtype=torch.int32),
+        seq_lens_R=ends,
+        block_tables=[torch.zeros(2, 3, dtype=torch.int32)],
+        slot_mapping=[zeros],
+        logits_rows_S=zeros,
+        max_query_len=0,
+        max_seq_len=0,
+    )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
+
+from dovetail.platforms.cpu import machine
 
 MOST_THREADS = 16
 """Each compilation uses some threads of its own, and memory."""
@@ -15,7 +16,7 @@ class CompilePool:
     """Compilations under way."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "compile")
+        self._threads = ThreadPoolExecutor(min(MOST_THREADS, machine.usable_threads()), "compile")
         self._under_way: list[Future[Any]] = []
 
     def submit(self, compile_it: Callable[[], Any]) -> Future[Any]:
@@ -38,3 +39,7 @@ class CompilePool:
             future.result()
             told(done, total)
         self._under_way.clear()
+
+    def close(self) -> None:
+        """Begin nothing any more. What a thread compiles, it ends, and nobody waits for it. Idempotent."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Programs:
     Attributes:
         is_complete: warm-up is over: steps that were met are not compiled for other inputs any more.
         largest_temp: bytes that the largest program takes while it runs, so far as compilers say.
+        is_measured: they said it of each.
         compiled: number of programs that were compiled, or found in the cache.
     """
 
@@ -38,6 +40,9 @@ class Programs:
         self.pool = CompilePool()
         self.is_complete = False
         self.largest_temp = 0
+        self.is_measured = True
+        self._largest_tokens = 0
+        self._largest_runs: list[Callable[[], object]] = []
         self.compiled = 0
 
     def compile(self, traced: Any) -> Executable:
@@ -48,9 +53,34 @@ class Programs:
         """
         with explained(self.bridge.device_kind, "A step"):
             executable: Executable = self.bridge.compile(traced)
-        self.largest_temp = max(self.largest_temp, executable.temp_bytes or 0)
+        if executable.temp_bytes is None:
+            self.is_measured = False
+        else:
+            self.largest_temp = max(self.largest_temp, executable.temp_bytes)
         self.compiled += 1
         return executable
+
+    def met(self, bucket: Bucket, run: Callable[[], object]) -> None:
+        """A step of padding is compiled, and ``run`` would run it."""
+        if bucket.num_tokens > self._largest_tokens:
+            self._largest_tokens = bucket.num_tokens
+            self._largest_runs.clear()
+        if bucket.num_tokens == self._largest_tokens:
+            self._largest_runs.append(run)
+
+    def prove(self) -> None:
+        """Wait for all that are being compiled. If it is unknown what they take, the largest run once beside what is
+        there by now, rather than fail in the middle of serving.
+
+        Raises:
+            ConfigError: the chip's memory does not suffice.
+        """
+        self.pool.wait()
+        if not self.is_measured:
+            with explained(self.bridge.device_kind, "The largest step"):
+                for run in self._largest_runs:
+                    run()
+        self._largest_runs.clear()
 
     def complete(self) -> None:
         """Wait for all that are being compiled. From now on, a step that would be compiled anew is an error."""
@@ -86,6 +116,7 @@ class Program:
             self._check_compiles(packing)
             variant = self._variants[key] = _Variant(self._step, args, packing, self._programs)
         if is_padding and not self._programs.is_complete:
+            self._programs.met(self._bucket, partial(variant.run, inputs))
             return variant.zeros()
         return variant.run(inputs)
 
