@@ -5,9 +5,10 @@ import torch
 from inputs import DTYPES, INTERPRETED, close, randn
 
 from dovetail.ops import reference
-from dovetail_cuda.kernels import expert_order, experts, routing
+from dovetail_cuda.kernels import expert_order, experts, routing, stream_support
 from dovetail_cuda.kernels.experts import Tiling, experts_pack, moe_experts
 from dovetail_cuda.kernels.routing import choose_experts
+from dovetail_cuda.kernels.stream_support import stream
 
 
 def arguments(tokens, experts, choices, width=48, inner=40, dtype=torch.float32):
@@ -52,6 +53,55 @@ def test_many_tokens(dtype, monkeypatch):
     ids[:49, 1] = 7
     case = (x, gate_up, down, ids, weights)
     close(moe_experts(*case), expected(*case), dtype, 2)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "choices"), [(9, 20, 3), (40, 6, 4)])
+def test_sorted_rows(tokens, experts, choices, monkeypatch):
+    monkeypatch.setattr(expert_order, "PART", 32)
+    x, _, _, ids, _ = arguments(tokens, experts, choices)
+    order, rows = expert_order.sort_by_expert(x, ids, experts, 4)
+    chosen = order.choices_C[: ((ids >= 0) & (ids < experts)).sum()].long()
+    assert torch.equal(rows[: len(chosen)], x[chosen // choices])
+    assert torch.equal(ids.flatten()[chosen], ids.flatten()[chosen].sort().values)
+    expert, begin, end = order.tiles_3N[:, order.tiles_3N[1] < order.tiles_3N[2]].long()
+    assert torch.equal(expert, ids.flatten()[chosen[begin]])
+    assert torch.equal(expert, ids.flatten()[chosen[end - 1]])
+    assert (end - begin).clamp(max=4).sum() == len(chosen)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="lacks what streams weights")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "choices", "width", "inner"),
+    [(64, 128, 8, 512, 384), (5, 128, 8, 640, 384), (40, 24, 3, 712, 264), (100, 130, 2, 520, 400)],
+)
+def test_streams(dtype, tokens, experts, choices, width, inner):
+    """Experts of no row, of one, and of several tiles; odd sizes."""
+    x, gate_up, down, ids, weights = arguments(tokens, experts, choices, width, inner, dtype)
+    if (stream(x, gate_up, down, ids) is None) != (dtype is torch.float32):
+        pytest.skip("another GPU")
+    for chosen in (ids, torch.where(ids < experts // 2, ids, 1)):
+        case = (x, gate_up, down, chosen, weights)
+        out = moe_experts(*case)
+        close(out, expected(*case), dtype, 2)
+        assert all(torch.equal(out, moe_experts(*case)) for _ in range(5))
+
+
+def test_what_streams(monkeypatch):
+    x, gate_up, down, ids, _ = arguments(16, 4, 2, 272, 264, torch.bfloat16)
+    assert stream(x, gate_up, down, ids) is None or not INTERPRETED
+    monkeypatch.setattr(stream_support, "has_engine", lambda device: True)
+    monkeypatch.setattr(stream_support, "_multiprocessors", lambda device: 100)
+    assert stream(x, gate_up, down, ids).programs == 100 * stream_support.PROGRAMS
+    assert not stream(x, gate_up, down, ids.repeat(2, 1)[:17])
+    for case in (
+        (x.float(), gate_up.float(), down.float()),
+        (x, gate_up.half(), down),
+        (x, gate_up, down.transpose(1, 2).contiguous().transpose(1, 2)),
+        (x, gate_up[..., :256].contiguous(), down[:, :256].contiguous()),
+        (x, gate_up[..., :268].contiguous(), down[:, :268].contiguous()),
+    ):
+        assert not stream(*case, ids)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

@@ -7,8 +7,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from dovetail_cuda import quantized
-from dovetail_cuda.kernels import many_rows, prompts, skinny
+from dovetail_cuda.kernels import expert_order, expert_stream, many_rows, prompts, skinny
 from dovetail_cuda.kernels.narrow import Codes
+from dovetail_cuda.kernels.stream_support import Stream
 from dovetail_cuda.narrow_ways import Way
 
 
@@ -56,3 +57,10 @@ skinny._skinny_kernel = Compiled(skinny._skinny_kernel, is_shared_out=False)
 x, bias = torch.zeros(33, 256, dtype=torch.bfloat16), torch.zeros(70000, dtype=torch.bfloat16)
 for outputs, gated in ((4096, False), (6144, False), (28672, True), (70000, False)):
     skinny.multiply(x, torch.zeros(outputs, 256, dtype=torch.bfloat16), bias, gated=gated)
+expert_stream._inner_kernel = Compiled(expert_stream._inner_kernel, is_shared_out=False)
+expert_stream._outer_kernel = Compiled(expert_stream._outer_kernel, is_shared_out=False)
+x, gate_up, down = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((64, 512), (4, 768, 512), (4, 512, 384)))
+order = expert_order.Order(torch.zeros(64, dtype=torch.int32), torch.zeros(3, 8, dtype=torch.int32))
+for guesses in (False, True):
+    hidden = expert_stream.inner_products(x, gate_up, order, Stream(16, 3, 264, guesses))
+expert_stream.outer_products(hidden, down, torch.zeros(32, 2), order, Stream(16, 3, 264, True))

@@ -22,6 +22,8 @@ PROGRAMS = 128
 """From so many on, a program places more choices."""
 TILES = 8
 """Tiles that it describes."""
+PART = 1024
+"""Elements of a token that a program copies."""
 
 
 class Order(NamedTuple):
@@ -75,6 +77,46 @@ def order_by_expert(expert_ids_TA: Tensor, experts: int, rows: int, rest: int) -
         num_warps=8,
     )
     return order
+
+
+def sort_by_expert(x_TD: Tensor, expert_ids_TA: Tensor, experts: int, rows: int) -> tuple[Order, Tensor]:
+    """The order without rests, of at most ``COUNTED[0]`` choices, and the token of each choice in it: ``[C, D]``.
+
+    There are as many comparisons as squared choices, and nothing that needs their results but to copy.
+    """
+    (tokens, chosen), device, width = expert_ids_TA.shape, expert_ids_TA.device, x_TD.shape[1]
+    choices = tokens * chosen
+    tiles = choices // rows + min(experts, choices)
+    order = Order(
+        torch.empty(choices, dtype=torch.int32, device=device),
+        torch.empty((3, tiles), dtype=torch.int32, device=device),
+    )
+    x_CD = torch.empty((choices, width), dtype=x_TD.dtype, device=device)
+    parts = triton.cdiv(width, PART)
+    _sort_kernel[(tokens * parts + triton.cdiv(tiles, TILES),)](
+        expert_ids_TA,
+        *expert_ids_TA.stride(),
+        choices,
+        experts,
+        *order,
+        tiles,
+        x_TD,
+        x_CD,
+        x_TD.stride(0),
+        width,
+        tokens,
+        parts,
+        CHOICES=chosen,
+        TOGETHER=triton.next_power_of_2(chosen),
+        BINS=triton.next_power_of_2(max(experts, 64)),
+        COUNTED=COUNTED[0],
+        TILES=TILES,
+        ROWS=rows,
+        PART=PART,
+        num_warps=4,
+        **overlapped(device),
+    )
+    return order, x_CD
 
 
 @triton.jit
@@ -159,11 +201,80 @@ def _place_kernel(
     base = _pick(starts + before, bins[None, :] == own_ids[:, None])
     earlier = (own_ids[:, None] == other_ids[None, :]) & (others[None, :] < own[:, None])
     tl.store(choices_ptr + base + tl.sum(earlier.to(tl.int32), axis=1), own, mask=own_ids < experts)
-    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    _describe(tiles_ptr, tiles, tl.program_id(0) * TILES, starts, totals, BINS, TILES, ROWS, REST)
+
+
+@triton.jit(do_not_specialize=["choices", "tiles", "tokens"])
+def _sort_kernel(
+    ids_ptr: tl.tensor,
+    stride_t: tl.tensor,
+    stride_a: tl.tensor,
+    choices: tl.tensor,
+    experts: tl.tensor,
+    choices_ptr: tl.tensor,
+    tiles_ptr: tl.tensor,
+    tiles: tl.tensor,
+    x_ptr: tl.tensor,
+    sorted_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    width: tl.tensor,
+    tokens: tl.tensor,
+    parts: tl.tensor,
+    CHOICES: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    BINS: tl.constexpr,
+    COUNTED: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    PART: tl.constexpr,
+    OVERLAP: tl.constexpr,
+) -> None:
+    """Place a token's choices and copy a part of it there, or describe some tiles."""
+    release(OVERLAP)
+    program = tl.program_id(0)
+    others = tl.arange(0, COUNTED)
+    wait(OVERLAP)
+    ids = _ids(ids_ptr, stride_t, stride_a, others, choices, experts, CHOICES)
+    if program < tokens * parts:
+        token, part = program // parts, program % parts
+        k = part * PART + tl.arange(0, PART)
+        x = tl.load(x_ptr + token.to(tl.int64) * x_stride + k, mask=k < width)
+        chosen = tl.arange(0, TOGETHER)
+        own = token * CHOICES + chosen
+        own_ids = _ids(ids_ptr, stride_t, stride_a, own, choices, experts, CHOICES)
+        earlier = (ids[None, :] == own_ids[:, None]) & (others[None, :] < own[:, None])
+        earlier = earlier | (ids[None, :] < own_ids[:, None])
+        place = tl.sum(earlier.to(tl.int32), axis=1)
+        exists = (own_ids < experts) & (chosen < CHOICES)
+        places = sorted_ptr + place.to(tl.int64)[:, None] * width + k[None, :]
+        copies = tl.broadcast_to(x[None, :], [TOGETHER, PART])
+        tl.store(places, copies, mask=exists[:, None] & (k < width)[None, :])
+        if part == 0:
+            tl.store(choices_ptr + place, own, mask=exists)
+    else:
+        totals = tl.histogram(ids, BINS, mask=ids < experts)
+        starts = tl.cumsum(totals, axis=0) - totals
+        _describe(tiles_ptr, tiles, (program - tokens * parts) * TILES, starts, totals, BINS, TILES, ROWS, 0)
+
+
+@triton.jit
+def _describe(
+    tiles_ptr: tl.tensor,
+    tiles: tl.tensor,
+    first: tl.tensor,
+    starts: tl.tensor,
+    totals: tl.tensor,
+    BINS: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    REST: tl.constexpr,
+) -> None:
+    """Some tiles of experts that have so many rows from there on."""
+    tile = first + tl.arange(0, TILES)
     cut = tl.where(totals > 0, tl.maximum((totals + ROWS - 1 - REST) // ROWS, 1), 0)
     ends = tl.cumsum(cut, axis=0)
     expert = tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), axis=1)
-    here = bins[None, :] == expert[:, None]
+    here = tl.arange(0, BINS)[None, :] == expert[:, None]
     begin = _pick(starts - (ends - cut) * ROWS, here) + tl.where(expert < BINS, tile * ROWS, 0)
     tl.store(tiles_ptr + tile, expert, mask=tile < tiles)
     tl.store(tiles_ptr + tiles + tile, begin, mask=tile < tiles)

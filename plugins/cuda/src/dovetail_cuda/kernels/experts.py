@@ -16,9 +16,10 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dovetail_cuda.kernels.expert_order import Order, order_by_expert
+from dovetail_cuda.kernels.expert_order import Order, order_by_expert, sort_by_expert
 from dovetail_cuda.kernels.expert_vectors import experts_of_few
 from dovetail_cuda.kernels.overlap import overlapped, release, wait
+from dovetail_cuda.kernels.stream_support import Stream, stream
 
 FEW = 4
 """Tokens up to which each choice reads its expert's weights for itself."""
@@ -68,11 +69,29 @@ def moe_experts(
         return torch.empty_like(x_TD)
     if tokens <= FEW:
         return experts_of_few(x_TD, gate_up_EFD, down_EDF, expert_ids_TA, expert_weights_TA)
+    if how := stream(x_TD, gate_up_EFD, down_EDF, expert_ids_TA):
+        y_CD = _streamed(x_TD, gate_up_EFD, down_EDF, expert_ids_TA, expert_weights_TA, how)
+        return combine(y_CD, expert_ids_TA, len(down_EDF))
     inner_tiling, outer_tiling = tilings(tokens * choices / len(down_EDF), x_TD)
     order = order_by_expert(expert_ids_TA, len(down_EDF), inner_tiling.rows, inner_tiling.rest)
     hidden_CF = inner_products(x_TD, gate_up_EFD, order, choices, inner_tiling)
     y_CD = outer_products(hidden_CF, down_EDF, expert_weights_TA, order, outer_tiling)
     return combine(y_CD, expert_ids_TA, len(down_EDF))
+
+
+def _streamed(
+    x_TD: Tensor,
+    gate_up_EFD: Tensor,
+    down_EDF: Tensor,
+    expert_ids_TA: Tensor,
+    expert_weights_TA: Tensor,
+    how: Stream,
+) -> Tensor:
+    from dovetail_cuda.kernels import expert_stream  # not every release of Triton can
+
+    order, x_CD = sort_by_expert(x_TD, expert_ids_TA, len(down_EDF), how.rows)
+    hidden_CF = expert_stream.inner_products(x_CD, gate_up_EFD, order, how)
+    return expert_stream.outer_products(hidden_CF, down_EDF, expert_weights_TA, order, how)
 
 
 def tilings(rows: float, x: Tensor) -> tuple[Tiling, Tiling]:

@@ -1,0 +1,66 @@
+"""Where :mod:`dovetail_cuda.kernels.expert_stream` can run and gains. Not every release of Triton can import it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dovetail_cuda.kernels.expert_order import COUNTED
+from dovetail_cuda.kernels.prompt_support import has_engine
+
+STEP = 128
+"""Inputs that are multiplied together."""
+ROWS = 16
+"""Of a tile."""
+STAGES = 3
+"""Steps that are under way together; no tile may have fewer."""
+PROGRAMS = 2
+"""That a multiprocessor has room for."""
+MOST = 8
+"""Rows per expert, at an average; with more, many experts would be read several times."""
+LIKELY = 2
+"""Rows per expert, at an average, from which almost every expert has some."""
+ALIGNED = 8
+"""Elements of 16 bits, of whose multiples the copy engine takes distances between rows."""
+
+
+class Stream(NamedTuple):
+    """How a launch is cut.
+
+    Attributes:
+        rows: of a tile.
+        stages: steps that are under way together.
+        programs: as many as can run together.
+        guesses: whether almost every expert has rows, so that programs know their first one.
+    """
+
+    rows: int
+    stages: int
+    programs: int
+    guesses: bool
+
+
+def stream(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, expert_ids_TA: Tensor) -> Stream | None:
+    """How to compute this, if at all: with a few rows per expert, and weights that the copy engine can read."""
+    experts, width, inner = down_EDF.shape
+    choices = expert_ids_TA.numel()
+    if (
+        choices <= min(MOST * experts, COUNTED[0])
+        and has_engine(x_TD.device)
+        and x_TD.dtype == gate_up_EFD.dtype == down_EDF.dtype
+        and x_TD.dtype in (torch.bfloat16, torch.float16)
+        and gate_up_EFD.is_contiguous()
+        and down_EDF.is_contiguous()
+        and width % ALIGNED == inner % ALIGNED == 0
+        and min(width, inner) > (STAGES - 1) * STEP
+    ):
+        return Stream(ROWS, STAGES, PROGRAMS * _multiprocessors(x_TD.device), choices >= LIKELY * experts)
+    return None
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
