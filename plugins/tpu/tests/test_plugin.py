@@ -37,6 +37,7 @@ def test_it_provides_a_platform_and_two_attention_backends():
     assert (status.distribution, status.state, status.error) == ("dovetail-tpu", "loaded", None)
     assert {kind: sorted(names) for kind, names in status.provides.items()} == {
         "attention": ["tpu", "tpu-gather"],
+        "commands": ["plan"],
         "platforms": ["tpu"],
     }
 
