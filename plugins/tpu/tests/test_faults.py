@@ -37,8 +37,10 @@ def platform(monkeypatch):
     return platform
 
 
-def test_a_step_that_does_not_fit_is_refused_with_a_remedy(platform, monkeypatch):
-    monkeypatch.setattr(JaxBridge, "compile", fail(LACKS_HBM))
+@pytest.mark.parametrize("compiles", ["trace", "compile"])
+def test_a_step_that_does_not_fit_is_refused_with_a_remedy(platform, monkeypatch, compiles):
+    """The bridge torch_xla compiles what it traces."""
+    monkeypatch.setattr(JaxBridge, compiles, fail(LACKS_HBM))
     program = platform.compile(lambda x: (x,), Bucket(16, 1))
     with pytest.raises(ConfigError, match=r"A step does not fit into the memory of v6e\. Lower --max-num-batched"):
         program(torch.zeros(16))

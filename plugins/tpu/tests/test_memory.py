@@ -3,6 +3,7 @@
 from dataclasses import replace
 from threading import Event
 from time import sleep
+from weakref import ref
 
 import pytest
 import torch
@@ -90,14 +91,24 @@ def test_the_largest_step_runs_before_serving_where_the_compiler_says_nothing(mo
     on_a_chip(monkeypatch, lambda executable: temp)
     platform, ran = TpuPlatform(PlatformConfig()), []
     call = JaxBridge.call
-    monkeypatch.setattr(
-        JaxBridge, "call", lambda bridge, *given: (ran.append(len(given[1])), call(bridge, *given))[1]
-    )
-    for tokens in (16, 64, 64, 32):
-        platform.compile(lambda step: (step.token_ids_T + 1,), Bucket(tokens, 2))(padded(tokens))
+    monkeypatch.setattr(JaxBridge, "call", lambda bridge, *given: (ran.append(len(given[1])), call(bridge, *given))[1])
+    programs = [compiled(platform, tokens) for tokens in (16, 64, 64, 32)]
     platform.await_compiled(lambda done, total: None)
     assert len(ran) == (2 if temp is None else 0)
     assert len(set(ran)) <= 1
+    assert programs
+
+
+def test_a_step_that_was_let_go_of_holds_no_cache(monkeypatch):
+    """Such as one over a cache for trial, beside which the final one may not fit."""
+    on_a_chip(monkeypatch, lambda executable: None)
+    platform, ran = TpuPlatform(PlatformConfig()), []
+    (variant,) = map(ref, compiled(platform, 64)._variants.values())
+    platform.memory()
+    assert variant() is None
+    monkeypatch.setattr(JaxBridge, "call", lambda *given: ran.append(given))
+    platform.await_compiled(lambda done, total: None)
+    assert not ran
 
 
 def test_a_step_that_does_not_run_beside_the_cache_is_refused_before_serving(monkeypatch):
@@ -107,9 +118,10 @@ def test_a_step_that_does_not_run_beside_the_cache_is_refused_before_serving(mon
     on_a_chip(monkeypatch, lambda executable: None)
     monkeypatch.setattr(JaxBridge, "call", exhausted)
     platform = TpuPlatform(PlatformConfig())
-    platform.compile(lambda step: (step.token_ids_T + 1,), Bucket(16, 2))(padded(16))
+    program = compiled(platform, 16)
     with pytest.raises(ConfigError, match=r"largest step does not fit into the memory .* --kv-cache-memory"):
         platform.await_compiled(lambda done, total: None)
+    assert program
 
 
 def test_programs_that_are_queued_are_dropped_where_loading_fails(monkeypatch):
@@ -118,13 +130,20 @@ def test_programs_that_are_queued_are_dropped_where_loading_fails(monkeypatch):
     monkeypatch.setattr(JaxBridge, "compile", lambda bridge, traced: (begun.append(1), release.wait(10)))
     platform = TpuPlatform(PlatformConfig())
     for tokens in (64, 32, 16):
-        platform.compile(lambda step: (step.token_ids_T + 1,), Bucket(tokens, 2))(padded(tokens))
+        compiled(platform, tokens)
     while not begun:
         sleep(0.001)
     platform.close()
     assert all(future.cancelled() for future in platform._programs.pool._under_way[1:])
     release.set()
     platform.close()
+
+
+def compiled(platform, tokens):
+    """A program of a step that was met with padding."""
+    program = platform.compile(lambda step: (step.token_ids_T + 1,), Bucket(tokens, 2))
+    program(padded(tokens))
+    return program
 
 
 def padded(tokens):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from dovetail.contracts.platform import Bucket, StepFunction
 from dovetail.errors import ConfigError, PluginRunError
 from dovetail.tensors import leaves, replaced
 from dovetail_tpu.attention import Tables
-from dovetail_tpu.bridges.protocol import Bridge, Executable
+from dovetail_tpu.bridges.protocol import Bridge, Executable, Step
 from dovetail_tpu.compile_pool import CompilePool
 from dovetail_tpu.faults import explained
 from dovetail_tpu.packing import Packing
@@ -42,8 +42,17 @@ class Programs:
         self.largest_temp = 0
         self.is_measured = True
         self._largest_tokens = 0
-        self._largest_runs: list[Callable[[], object]] = []
+        self._largest: list[tuple[ref[_Variant], Sequence[Tensor]]] = []
         self.compiled = 0
+
+    def trace(self, step: Step, words: int) -> Any:
+        """See the bridge's, of which one compiles here.
+
+        Raises:
+            ConfigError: the chip's memories do not suffice.
+        """
+        with explained(self.bridge.device_kind, "A step"):
+            return self.bridge.trace(step, words)
 
     def compile(self, traced: Any) -> Executable:
         """In one of the pool's threads.
@@ -60,13 +69,13 @@ class Programs:
         self.compiled += 1
         return executable
 
-    def met(self, bucket: Bucket, run: Callable[[], object]) -> None:
-        """A step of padding is compiled, and ``run`` would run it."""
+    def met(self, bucket: Bucket, variant: _Variant, inputs: Sequence[Tensor]) -> None:
+        """A step of padding is compiled. Others keep it, if at all: it holds the caches that it changes."""
         if bucket.num_tokens > self._largest_tokens:
             self._largest_tokens = bucket.num_tokens
-            self._largest_runs.clear()
+            self._largest.clear()
         if bucket.num_tokens == self._largest_tokens:
-            self._largest_runs.append(run)
+            self._largest.append((ref(variant), inputs))
 
     def prove(self) -> None:
         """Wait for all that are being compiled. If it is unknown what they take, the largest run once beside what is
@@ -78,9 +87,11 @@ class Programs:
         self.pool.wait()
         if not self.is_measured:
             with explained(self.bridge.device_kind, "The largest step"):
-                for run in self._largest_runs:
-                    run()
-        self._largest_runs.clear()
+                for kept, inputs in self._largest:
+                    variant = kept()
+                    if variant is not None:
+                        variant.run(inputs)
+        self._largest.clear()
 
     def complete(self) -> None:
         """Wait for all that are being compiled. From now on, a step that would be compiled anew is an error."""
@@ -116,7 +127,7 @@ class Program:
             self._check_compiles(packing)
             variant = self._variants[key] = _Variant(self._step, args, packing, self._programs)
         if is_padding and not self._programs.is_complete:
-            self._programs.met(self._bucket, partial(variant.run, inputs))
+            self._programs.met(self._bucket, variant, inputs)
             return variant.zeros()
         return variant.run(inputs)
 
@@ -147,7 +158,7 @@ class _Variant:
             self._results = replaced(outputs, _like)
             return [leaf for leaf in leaves(outputs) if isinstance(leaf, Tensor)]
 
-        traced = bridge.trace(body, packing.words)
+        traced = programs.trace(body, packing.words)
         self._executable: Future[Executable] = programs.pool.submit(lambda: programs.compile(traced))
 
     def zeros(self) -> Any:
