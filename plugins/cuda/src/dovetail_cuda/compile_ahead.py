@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from inspect import getclosurevars
 from queue import Empty, SimpleQueue
 from threading import Lock, Semaphore
@@ -171,8 +171,9 @@ class _Pool(ThreadPoolExecutor):
 
     def dismiss(self) -> None:
         """Ask no process any more."""
-        while not self._idle.empty():
-            self._idle.get()
+        with suppress(Empty):  # threads take them, too
+            while True:
+                self._idle.get_nowait()
 
     def drop(self) -> None:
         """Begin nothing any more. What a thread is at, it ends, and nobody waits for it."""
