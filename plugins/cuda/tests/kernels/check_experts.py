@@ -91,7 +91,7 @@ def test_what_streams(monkeypatch):
     x, gate_up, down, ids, _ = arguments(16, 4, 2, 272, 264, torch.bfloat16)
     assert stream(x, gate_up, down, ids) is None or not INTERPRETED
     monkeypatch.setattr(stream_support, "has_engine", lambda device: True)
-    monkeypatch.setattr(stream_support, "_multiprocessors", lambda device: 100)
+    monkeypatch.setattr(stream_support, "multiprocessors", lambda device: 100)
     assert stream(x, gate_up, down, ids).programs == 100 * stream_support.PROGRAMS
     assert not stream(x, gate_up, down, ids.repeat(2, 1)[:17])
     for case in (

@@ -10,5 +10,5 @@ from torch import Tensor
 
 @cache
 def counters(device: torch.device, number: int) -> Tensor:
-    """Zeros, which every launch leaves as it found them."""
+    """Zeros, which every launch leaves as it found them; launches follow one another on one stream."""
     return torch.zeros(number, dtype=torch.int32, device=device)

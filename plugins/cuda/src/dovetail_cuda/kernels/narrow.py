@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dovetail_cuda.kernels.counters import counters
 from dovetail_cuda.kernels.overlap import overlapped, release, wait
 from dovetail_cuda.kernels.segments import segment_of
 from dovetail_cuda.kernels.widen import widen, widen_pairs
@@ -109,7 +110,7 @@ def product(
         out_TO if bias_O is None else bias_O,
         out_TO,
         partial_STO,
-        _locks(x.device) if shared else out_TO,
+        counters(x.device, LOCKS) if shared else out_TO,
         out_TO if starts_E1 is None else starts_E1,
         experts,
         tiles_t,
@@ -226,12 +227,6 @@ def _strides(grid: Tensor) -> tuple[int, ...]:
 def multiprocessors(device: torch.device) -> int:
     """That the device has; 1 where kernels are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@lru_cache
-def _locks(device: torch.device) -> Tensor:
-    """How many programs of each tile are done: zeros between launches, which follow one another on one stream."""
-    return torch.zeros(LOCKS, dtype=torch.int32, device=device)
 
 
 @triton.jit

@@ -3,8 +3,8 @@
 A kernel launched with :func:`overlapped` may begin as soon as every program of the kernel before has released it or has
 ended. Before :func:`wait` nothing may be written, and nothing read but what no overlapped kernel writes, packed weights
 and the tables that a step comes with, or what the kernel before had waited for when it released this one. (A kernel
-that does not release others has ended before they begin.)
-Every program must come to it, so that no kernel ends before all of its predecessors have.
+that does not release others has ended before they begin.) Every program must come to it, so that no kernel ends before
+all of its predecessors have.
 """
 
 from __future__ import annotations

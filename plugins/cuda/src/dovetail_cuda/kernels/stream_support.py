@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dovetail_cuda.kernels.expert_order import COUNTED
+from dovetail_cuda.kernels.narrow import multiprocessors
 from dovetail_cuda.kernels.prompt_support import has_engine
 
 STEP = 128
@@ -57,10 +57,5 @@ def stream(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, expert_ids_TA: T
         and width % ALIGNED == inner % ALIGNED == 0
         and min(width, inner) > (STAGES - 1) * STEP
     ):
-        return Stream(ROWS, STAGES, PROGRAMS * _multiprocessors(x_TD.device), choices >= LIKELY * experts)
+        return Stream(ROWS, STAGES, PROGRAMS * multiprocessors(x_TD.device), choices >= LIKELY * experts)
     return None
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
