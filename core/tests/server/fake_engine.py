@@ -3,13 +3,14 @@
 After a letter comes the next one, after "z" the end of sequence; after anything else "a", or with a seed the
 seed's own letter; after "#" an "é" in two tokens. The token ``<crash>`` at the end of a prompt kills the engine.
 After "abc", a prompt with "~" fails like one whose logits are no numbers.
-``config.json`` holds fields of EngineConfig, and under ``executor`` arguments of ScriptedExecutor.
+``config.json`` holds fields of EngineConfig, and under ``executor`` arguments of FailingExecutor.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import msgspec
 
@@ -24,13 +25,22 @@ FAILURE = FIRST_BYTE + 255
 
 
 class FailingExecutor(ScriptedExecutor):
-    """Reports an error for the request whose next token is ``FAILURE``."""
+    """Reports an error for the request whose next token is ``FAILURE``; closing it leaves a file, or fails too."""
+
+    def __init__(self, config, *, closes=True, **arguments):
+        super().__init__(config, **arguments)
+        self._closes = closes
 
     def run(self, plan):
         result = super().run(plan)
         errors = {i: "Its logits are not finite." for i, new in enumerate(result.token_ids) if FAILURE in new}
         new = [[] if i in errors else tokens for i, tokens in enumerate(result.token_ids)]
         return msgspec.structs.replace(result, token_ids=new, errors=errors)
+
+    def close(self):
+        (Path(self.config.model_path) / "closed").touch()
+        if not self._closes:
+            raise RuntimeError("it cannot be closed")
 
 
 def next_token(token_ids, seed):

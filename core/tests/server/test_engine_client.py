@@ -151,6 +151,16 @@ async def test_death_reaches_every_stream(launch, way):
         await collect(client, engine_request([5]))
 
 
+@pytest.mark.parametrize("closes", ["true", "false"])
+async def test_a_dead_engine_is_closed(launch, tmp_path, closes):
+    client = await launch(config=f'{{"executor": {{"closes": {closes}}}}}')
+    with pytest.raises(EngineDeadError, match="<crash>"):
+        await collect(client, engine_request([0]))
+    await client.close()
+    assert (tmp_path / "closed").exists()
+    assert "<crash>" in client.summary
+
+
 async def test_sigterm_is_the_parents_business(launch):
     client = await launch()
     os.kill(client.pid, signal.SIGTERM)

@@ -174,21 +174,33 @@ class Reporter(Progress):
 
 
 def run(channel: Channel, factory: str) -> int:
-    """Start, serve and stop; returns the exit code. Every failure reaches the parent."""
+    """Start, serve, stop and close the engine; returns the exit code. Every failure reaches the parent."""
     try:
-        try:
-            engine = start(channel, factory)
-        except DovetailError as error:
-            channel.send(Refused(str(error), isinstance(error, ConfigError | PluginError)))
-            return EXIT_REFUSED
-        if engine is not None:
-            serve(channel, engine)
-            engine.close()
+        engine = start(channel, factory)
+    except DovetailError as error:
+        channel.send(Refused(str(error), isinstance(error, ConfigError | PluginError)))
+        return EXIT_REFUSED
     except Exception as error:  # noqa: BLE001  (the parent hears of it, whatever it is)
-        summary = str(error) if isinstance(error, DovetailError) else one_line(error)
-        channel.send(Died(traceback.format_exc(), summary))
-        return EXIT_DIED
-    return 0
+        return _report_death(channel, error)
+    if engine is None:
+        return 0
+    code = 0
+    try:
+        serve(channel, engine)
+    except Exception as error:  # noqa: BLE001
+        code = _report_death(channel, error)  # at once: a dead engine may be long in closing
+    try:
+        engine.close()
+    except Exception as error:  # noqa: BLE001
+        code = _report_death(channel, error)  # of two, the parent keeps the first
+    return code
+
+
+def _report_death(channel: Channel, error: Exception) -> int:
+    """Tell the parent of the error that is being handled; returns the exit code."""
+    summary = str(error) if isinstance(error, DovetailError) else one_line(error)
+    channel.send(Died(traceback.format_exc(), summary))
+    return EXIT_DIED
 
 
 def start(channel: Channel, factory: str) -> Engine | None:
