@@ -106,6 +106,17 @@ def test_dozens_of_tokens(dtype, bias, inputs, outputs, gated):
         assert torch.equal(out, skinny.multiply(x, weight, bias_O, gated=gated))
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="not every release of Triton that GPUs come with can import it")
+def test_gates_share_no_tiles():
+    from dovetail_cuda.kernels import skinny
+
+    x, weight = torch.zeros(33, 1024, dtype=torch.bfloat16), torch.zeros(256, 1024, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"2 programs.*gates.*splits=1"):
+        skinny.multiply(x, weight, None, skinny_support.Tiling(64, 128, 2, splits=2), gated=True)
+    for gated, splits in ((True, 1), (False, 2)):
+        skinny_support.Tiling(64, 128, 2, splits).check(gated)
+
+
 @needs_hopper
 def test_weights_meet_dozens_of_tokens(monkeypatch):
     x, weight = randn(48, 4096, dtype=torch.bfloat16), randn(4096, 4096, dtype=torch.bfloat16, seed=1) / 64

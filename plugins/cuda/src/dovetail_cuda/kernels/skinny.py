@@ -39,9 +39,13 @@ def multiply(
 
     Args:
         gated: the outputs are gate, then up; return ``silu(gate) × up``.
+
+    Raises:
+        ValueError: the tiling does not suit gates.
     """
     (tokens, inputs), outputs = x_TI.shape, len(weight_OI) // (1 + gated)
     tiling = tiling or tile(len(weight_OI), inputs, gated)
+    tiling.check(gated)
     width = tiling.rows // (1 + gated)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     x, weight = (

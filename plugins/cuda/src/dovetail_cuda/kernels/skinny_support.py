@@ -48,6 +48,15 @@ class Tiling:
     stages: int
     splits: int = 1
 
+    def check(self, gated: bool) -> None:
+        """Whether a product can be cut so.
+
+        Raises:
+            ValueError: programs would share a tile of gates, of which only the last one's factors would count.
+        """
+        if gated and self.splits > 1:
+            raise ValueError(f"{self.splits} programs cannot share a tile of gates; give a tiling with splits=1.")
+
 
 def suits(x_TI: Tensor, weight_OI: Tensor) -> bool:
     """Whether there are dozens of tokens, and a weight that the copy engine can read."""
