@@ -7,7 +7,10 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from dovetail.errors import ConfigError
 from dovetail_tpu import hlo, table
@@ -102,6 +105,41 @@ def test_a_kernel_that_is_too_large_is_refused_with_a_remedy(monkeypatch):
     trial = Trial(table.configuration(LAYER), SLICES["v4-2"], 1)
     with pytest.raises(ConfigError, match=r"core's own memory \(vmem\) than v4 has. Lower --block-size"):
         trial.compile([(512, 32)], blocks=64)
+
+
+def copied(x_ref, out_ref):
+    out_ref[...] = x_ref[...]
+
+
+def sorted_rows(x_ref, out_ref):
+    out_ref[...] = jnp.sort(x_ref[...], axis=0)
+
+
+def reordered(x_ref, out_ref):
+    out_ref[...] = x_ref[...].reshape(4, 2, 128).transpose(2, 0, 1).reshape(8, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+@needs_compiler
+@pytest.mark.parametrize(
+    ("body", "block", "reason"),
+    [
+        (copied, (2, 32), "block shape"),  # refused as a ValueError
+        (sorted_rows, (8, 128), "Unimplemented primitive"),  # as a NotImplementedError
+        (reordered, (8, 128), "unsupported shape cast"),  # by Mosaic
+    ],
+)
+def test_a_kernel_that_does_not_compile_is_its_authors_to_mend(body, block, reason):
+    def kernel(x):
+        spec = pl.BlockSpec(block, lambda i: (i, 0))
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return pl.pallas_call(body, out_shape=shape, grid=(8 // block[0],), in_specs=[spec], out_specs=spec)(x)
+
+    bridge = AotBridge(SLICES["v5e-1"])
+    traced = bridge.trace(lambda packed_W: bridge.apply(kernel, packed_W.view(8, 128)), 8 * 128)
+    with pytest.raises(ConfigError, match=rf"The compiler of v5e refuses a step: report it to the authors.*{reason}"):
+        bridge.program(traced)
 
 
 def test_without_the_compiler_the_error_says_what_to_install(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from dovetail.contracts.platform import Bucket, PlatformConfig
 from dovetail.errors import ConfigError
 from dovetail_tpu.bridges.jax_bridge import JaxBridge
-from dovetail_tpu.faults import refused
+from dovetail_tpu.faults import explained, refused
 from dovetail_tpu.platform import TpuPlatform
 
 LACKS_HBM = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 32G of 15.75G hbm.\nand more"
@@ -23,6 +23,8 @@ LACKS_HBM = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 32G
         ("Ran out of memory in memory space vmem. It should not be possible", r"\(vmem\).*Lower --block-size"),
         ("RESOURCE_EXHAUSTED: Mosaic failed to compile: scoped smem exceeded", r"\(smem\).*Raise --block-size"),
         ("INTERNAL: bitcast of unknown kind", "report it to the authors of dovetail-tpu"),
+        ("INTERNAL: no strided load\n%1 = load(%0) : memref<8xbf16, memory_space<vmem>>", "report it to the authors"),
+        ("Can only load scalars from SMEM", "report it to the authors of dovetail-tpu"),
     ],
 )
 def test_refusals_say_what_to_change(fault, says):
@@ -37,10 +39,15 @@ def platform(monkeypatch):
     return platform
 
 
+class OfMosaic(Exception):  # noqa: N818
+    """Pallas turns JAX's errors into its own where it knows the line, which are no RuntimeErrors."""
+
+
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError, OfMosaic])
 @pytest.mark.parametrize("compiles", ["trace", "compile"])
-def test_a_step_that_does_not_fit_is_refused_with_a_remedy(platform, monkeypatch, compiles):
+def test_a_step_that_does_not_fit_is_refused_with_a_remedy(platform, monkeypatch, compiles, error):
     """The bridge torch_xla compiles what it traces."""
-    monkeypatch.setattr(JaxBridge, compiles, fail(LACKS_HBM))
+    monkeypatch.setattr(JaxBridge, compiles, fail(LACKS_HBM, error))
     program = platform.compile(lambda x: (x,), Bucket(16, 1))
     with pytest.raises(ConfigError, match=r"A step does not fit into the memory of v6e\. Lower --max-num-batched"):
         program(torch.zeros(16))
@@ -58,8 +65,15 @@ def test_other_faults_stay_what_they_are(platform, monkeypatch):
         platform.adopt(torch.zeros(3))
 
 
-def fail(fault):
+def test_what_is_explained_is_not_explained_again():
+    fault = ConfigError(f"The step does not fit. ({LACKS_HBM})")
+    with pytest.raises(ConfigError) as caught, explained("TPU v5 lite", "The model"):
+        raise fault
+    assert caught.value is fault
+
+
+def fail(fault, error=jax.errors.JaxRuntimeError):
     def failing(*given):
-        raise jax.errors.JaxRuntimeError(fault)
+        raise error(fault)
 
     return failing

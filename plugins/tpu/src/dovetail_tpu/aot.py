@@ -125,12 +125,12 @@ class AotBridge(JaxBridge):
         """Compile it, by libtpu.
 
         Raises:
-            ConfigError: it does not fit; says what to change.
+            ConfigError: it does not fit, or cannot be compiled; says what to change.
         """
         try:
             compiled = self.lowered(traced).compile()
-        except jax.errors.JaxRuntimeError as error:
-            raise refused(str(error), self._chip.name) from error
+        except Exception as error:  # kernels' compilers raise what they like; all that is ours has run in the trace
+            raise refused(str(error) or type(error).__name__, self._chip.name) from error
         counted = compiled.memory_analysis()
         memory = Memory(
             arguments=counted.argument_size_in_bytes,

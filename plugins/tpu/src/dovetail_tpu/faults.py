@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dovetail.errors import ConfigError
+from dovetail.errors import ConfigError, DovetailError
 from dovetail_tpu.kernels.chip import chip_of_kind
 
 EXHAUSTED = "RESOURCE_EXHAUSTED"
+LACKS = (EXHAUSTED.lower(), "out of memory", "exceed")
+"""What faults say where there is too little of a memory; others, too, may name one."""
 
 
 @contextmanager
@@ -24,8 +26,8 @@ def explained(kind: str, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # JAX's are such, and torch_xla's
-        if EXHAUSTED not in str(error):
+    except Exception as error:  # JAX's and torch_xla's are RuntimeErrors; those that Pallas makes of JAX's are not
+        if isinstance(error, DovetailError) or EXHAUSTED not in str(error):
             raise
         chip = chip_of_kind(kind)
         raise refused(str(error), chip.name if chip else kind, what) from error
@@ -34,7 +36,9 @@ def explained(kind: str, what: str) -> Iterator[None]:
 def refused(fault: str, chip: str, what: str = "A step") -> ConfigError:
     """What a refusal means to those who chose the options."""
     first = fault.splitlines()[0]
-    kind = next((kind for kind in ("hbm", "vmem", "smem") if kind in fault.lower()), "")
+    said = fault.lower()
+    lacks = any(sign in said for sign in LACKS)
+    kind = next((kind for kind in ("hbm", "vmem", "smem") if lacks and kind in said), "")
     if kind == "hbm" or (not kind and EXHAUSTED in fault):
         return ConfigError(
             f"{what} does not fit into the memory of {chip}. Lower --max-num-batched-tokens, --max-num-seqs or "
