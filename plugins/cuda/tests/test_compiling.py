@@ -520,9 +520,7 @@ def test_what_is_queued_is_dropped_where_loading_fails(hanging, monkeypatch):
     tested = object.__new__(CudaPlatform)
     tested._workers, tested._compilers = hanging, Compilers(lambda logits: None, hanging)
     src, target, options = "source", "target", "options"
-    queued = [
-        tested._compilers._pool.submit(lambda: here.append((src, target, options)) or Kernel()) for _ in range(8)
-    ]
+    queued = [tested._compilers._pool.submit(lambda: here.append((src, target, options)) or Kernel()) for _ in range(8)]
     while not all(each.running() for each in queued[:2]):
         time.sleep(0.001)
     started = time.monotonic()

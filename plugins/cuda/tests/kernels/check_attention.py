@@ -99,6 +99,14 @@ def test_tiling_fills_the_chip_and_depends_on_the_bucket_alone(tokens, requests)
     assert tiling.splits == 1 or programs <= 2 * 132
 
 
+@pytest.mark.skipif(INTERPRETED, reason="too many for the interpreter")
+def test_long_steps():
+    """As many tiles as a GPU has room for twice, at lengths around a step's."""
+    arguments = step([(1, 1 + 7 * r) for r in range(64)], heads=(32, 4), size=128, dtype=torch.bfloat16)
+    assert tile(64, 64, 4, 8, 128, 512, 2, 132).keys == 128
+    agree(paged_attention(*arguments, 0.09), arguments, 0.09, dtype=torch.bfloat16)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="lacks graphs")
 def test_graphs():
     arguments = step(dtype=torch.bfloat16)

@@ -8,7 +8,7 @@ from dovetail.ops import reference
 from dovetail_cuda.kernels import expert_order, experts, routing, stream_support
 from dovetail_cuda.kernels.experts import Tiling, experts_pack, moe_experts
 from dovetail_cuda.kernels.routing import choose_experts
-from dovetail_cuda.kernels.stream_support import stream
+from dovetail_cuda.kernels.stream_support import Stream, stream
 
 
 def arguments(tokens, experts, choices, width=48, inner=40, dtype=torch.float32):
@@ -55,7 +55,7 @@ def test_many_tokens(dtype, monkeypatch):
     close(moe_experts(*case), expected(*case), dtype, 2)
 
 
-@pytest.mark.parametrize(("tokens", "experts", "choices"), [(9, 20, 3), (40, 6, 4)])
+@pytest.mark.parametrize(("tokens", "experts", "choices"), [(9, 20, 3), (40, 6, 4), (130, 9, 4)])
 def test_sorted_rows(tokens, experts, choices, monkeypatch):
     monkeypatch.setattr(expert_order, "PART", 32)
     x, _, _, ids, _ = arguments(tokens, experts, choices)
@@ -73,7 +73,13 @@ def test_sorted_rows(tokens, experts, choices, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "experts", "choices", "width", "inner"),
-    [(64, 128, 8, 512, 384), (5, 128, 8, 640, 384), (40, 24, 3, 712, 264), (100, 130, 2, 520, 400)],
+    [
+        (64, 128, 8, 512, 384),
+        (5, 128, 8, 640, 512),
+        (40, 24, 3, 712, 264),
+        (100, 130, 2, 520, 640),
+        (250, 64, 4, 512, 520),
+    ],
 )
 def test_streams(dtype, tokens, experts, choices, width, inner):
     """Experts of no row, of one, and of several tiles; odd sizes."""
@@ -92,8 +98,11 @@ def test_what_streams(monkeypatch):
     assert stream(x, gate_up, down, ids) is None or not INTERPRETED
     monkeypatch.setattr(stream_support, "has_engine", lambda device: True)
     monkeypatch.setattr(stream_support, "multiprocessors", lambda device: 100)
-    assert stream(x, gate_up, down, ids).programs == 100 * stream_support.PROGRAMS
-    assert not stream(x, gate_up, down, ids.repeat(2, 1)[:17])
+    assert stream(x, gate_up, down, ids) == Stream(rows=16, stages=3, programs=100, guesses=True)
+    assert stream(x, gate_up, down, ids.repeat(2, 1)[:17]).rows == 32
+    assert not stream(x, gate_up, down, ids.repeat(3, 1)[:33])
+    wider, taller = torch.cat([gate_up] * 2, 1).repeat(1, 1, 2), down.repeat(1, 2, 2)
+    assert stream(x, wider, taller, ids[:3]) == Stream(rows=16, stages=4, programs=100, guesses=False)
     for case in (
         (x.float(), gate_up.float(), down.float()),
         (x, gate_up.half(), down),

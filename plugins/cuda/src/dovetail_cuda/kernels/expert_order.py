@@ -80,7 +80,7 @@ def order_by_expert(expert_ids_TA: Tensor, experts: int, rows: int, rest: int) -
 
 
 def sort_by_expert(x_TD: Tensor, expert_ids_TA: Tensor, experts: int, rows: int) -> tuple[Order, Tensor]:
-    """The order without rests, of at most ``COUNTED[0]`` choices, and the token of each choice in it: ``[C, D]``.
+    """The order without rests, of at most ``COUNTED[1]`` choices, and the token of each choice in it: ``[C, D]``.
 
     There are as many comparisons as squared choices, and nothing that needs their results but to copy.
     """
@@ -109,7 +109,7 @@ def sort_by_expert(x_TD: Tensor, expert_ids_TA: Tensor, experts: int, rows: int)
         CHOICES=chosen,
         TOGETHER=triton.next_power_of_2(chosen),
         BINS=triton.next_power_of_2(max(experts, 64)),
-        COUNTED=COUNTED[0],
+        COUNTED=max(COUNTED[0], triton.next_power_of_2(choices)),
         TILES=TILES,
         ROWS=rows,
         PART=PART,

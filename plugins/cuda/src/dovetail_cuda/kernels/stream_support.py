@@ -13,14 +13,12 @@ from dovetail_cuda.kernels.prompt_support import has_engine
 
 STEP = 128
 """Inputs that are multiplied together."""
-ROWS = 16
+ROWS = 16, 32
 """Of a tile."""
-STAGES = 3
-"""Steps that are under way together; no tile may have fewer."""
-PROGRAMS = 2
-"""That a multiprocessor has room for."""
-MOST = 8
-"""Rows per expert, at an average; with more, many experts would be read several times."""
+STAGES = 3, 4
+"""Steps that are under way together, at least and at most; no tile has fewer. More would keep memory no busier."""
+MOST = 8, 16
+"""Rows per expert, at an average, for tiles of so many; with more, many experts would be read several times."""
 LIKELY = 2
 """Rows per expert, at an average, from which almost every expert has some."""
 ALIGNED = 8
@@ -33,7 +31,7 @@ class Stream(NamedTuple):
     Attributes:
         rows: of a tile.
         stages: steps that are under way together.
-        programs: as many as can run together.
+        programs: one for each multiprocessor.
         guesses: whether almost every expert has rows, so that programs know their first one.
     """
 
@@ -48,14 +46,15 @@ def stream(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, expert_ids_TA: T
     experts, width, inner = down_EDF.shape
     choices = expert_ids_TA.numel()
     if (
-        choices <= min(MOST * experts, COUNTED[0])
+        choices <= min(MOST[1] * experts, COUNTED[1])
         and has_engine(x_TD.device)
         and x_TD.dtype == gate_up_EFD.dtype == down_EDF.dtype
         and x_TD.dtype in (torch.bfloat16, torch.float16)
         and gate_up_EFD.is_contiguous()
         and down_EDF.is_contiguous()
         and width % ALIGNED == inner % ALIGNED == 0
-        and min(width, inner) > (STAGES - 1) * STEP
+        and min(width, inner) > (STAGES[0] - 1) * STEP
     ):
-        return Stream(ROWS, STAGES, PROGRAMS * multiprocessors(x_TD.device), choices >= LIKELY * experts)
+        rows, stages = ROWS[choices > MOST[0] * experts], min(STAGES[1], -(-min(width, inner) // STEP))
+        return Stream(rows, stages, multiprocessors(x_TD.device), choices >= LIKELY * experts)
     return None
