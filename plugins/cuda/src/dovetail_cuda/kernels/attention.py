@@ -154,7 +154,7 @@ def tile(
     tiles = kv_heads * min(tokens, max(requests, -(-tokens // (rows // group))))  # most that have tokens, about
     widest = max(16, 32768 // (block * itemsize))
     splits = max(1, min(MAX_SPLITS, 2 * processors // max(1, tiles), -(-context // min(64, widest))))
-    # Two programs on a multiprocessor keep memory busy by long steps; more of them, or splits, are faster with short ones.
+    # Two programs on a multiprocessor keep memory busy by long steps; more of them are faster with short ones.
     keys = widest if rows == 16 and splits == 1 and tiles <= 2 * processors else min(widest, 64)
     return Tiling(rows=rows, keys=keys, splits=splits, warps=8 if rows >= 128 or splits > 1 else 4, stages=2)
 
