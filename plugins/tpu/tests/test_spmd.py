@@ -1,4 +1,7 @@
-"""Whole engines over virtual devices of the host: tokens are those of the CPU platform, which has one."""
+"""Whole engines over virtual devices of the host: tokens are those of the CPU platform, which has one.
+
+Those of a cache that the CPU platform does not have are the same as by one of these devices.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ SCRIPT = """
 import ast, json, sys
 from pathlib import Path
 
+import msgspec
+
 from dovetail import SamplingParams
 from dovetail.contracts.executor import Progress
 from dovetail.engine.engine import Engine
@@ -32,9 +37,12 @@ from dovetail.resolver import resolve
 from dovetail.runner.executor import LocalExecutor
 from dovetail.testing.engines import engine_request, run_until_idle
 
-def tokens(**options):
+def tokens(devices=None, **options):
     asked = EngineOptions(dtype="float32", num_threads=1, **json.loads(sys.argv[1]), **options)
     config = resolve(asked, PluginHost().discover().registries)
+    if devices:
+        section = config.platform_options | {"devices": devices}
+        config = msgspec.structs.replace(config, platform_options=section)
     executor = LocalExecutor(config)
     engine = Engine(config, executor, executor.load(Progress()))
     for length in (3, 20, 9):
@@ -46,10 +54,10 @@ def tokens(**options):
     engine.close()
     return found
 
-want = tokens(platform="cpu")
-import jax
-assert len(jax.devices()) == int(sys.argv[2]), jax.devices()
+want = tokens(**json.loads(sys.argv[5]))
+from dovetail_tpu import bridges
 got = tokens(platform="tpu", attention=sys.argv[3])
+assert bridges.current().num_devices == int(sys.argv[2])
 assert want == got, (want, got)
 assert len({tuple(found) for found in want.values()}) > 3
 """
@@ -58,6 +66,7 @@ RULES: list[dict[str, Any]] = [
     {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.5},
     {"temperature": 1.0, "frequency_penalty": 0.7, "logit_bias": {9: 2.0}, "allowed_token_ids": [*range(5, 90)]},
 ]
+CPU: dict[str, Any] = {"platform": "cpu"}
 LIMITS: dict[str, Any] = {"max_model_len": 48, "max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 16}
 TINY: dict[str, Any] = {
     "vocab_size": 128,
@@ -91,9 +100,13 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 
 def run_on(
-    devices: int, attention: str = "tpu-gather", samplings: Sequence[dict[str, Any]] = SAMPLINGS, **options: Any
+    devices: int,
+    attention: str = "tpu-gather",
+    samplings: Sequence[dict[str, Any]] = SAMPLINGS,
+    beside: dict[str, Any] = CPU,
+    **options: Any,
 ) -> None:
-    """Compare tokens in a process that sees so many devices."""
+    """Compare tokens in a process that sees so many devices with those of another platform, or of fewer devices."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [
@@ -104,6 +117,7 @@ def run_on(
         str(devices),
         attention,
         repr([*samplings]),
+        json.dumps(beside),
     ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -117,6 +131,17 @@ def test_the_demo_model_gives_the_same_tokens(devices):
 @pytest.mark.slow
 def test_kernels_in_pallas_give_the_same_tokens():
     run_on(2, "tpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("devices", "attention", "kv_dtype"),
+    [(2, "tpu-gather", "int8"), (2, "tpu", "int8"), (4, "tpu-gather", "int8"), (2, "tpu-gather", "float8_e4m3fn")],
+)
+def test_narrow_caches_give_the_same_tokens(devices: int, attention: str, kv_dtype: str, tmp_path: Path):
+    random_checkpoint("Qwen3", tmp_path)  # whose tokens depend on its cache more than the demo model's
+    alone = {"platform": "tpu", "attention": attention, "devices": 1}
+    run_on(devices, attention, beside=alone, model=str(tmp_path), kv_cache_dtype=kv_dtype)
 
 
 @pytest.mark.slow
