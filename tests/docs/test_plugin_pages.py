@@ -177,7 +177,8 @@ def test_executor(read_page, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("platform", "abacus"), ("attention", "chalk"), ("quant", "rows"), ("specdec", "echo")]
+    ("kind", "name"),
+    [("platform", "abacus"), ("attention", "chalk"), ("quant", "rows"), ("specdec", "echo"), ("command", "ping")],
 )
 def test_examples_are_what_dovetail_new_writes(kind, name, read_page, tmp_path):
     scaffold(kind, name, tmp_path / "package")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import subprocess
 import sys
 import tomllib
 
+import click
 import pytest
 
 from dovetail.cli.main import run
@@ -16,7 +18,8 @@ from dovetail.plugins.host import PluginHost
 
 NAME = "blank-page"
 REGISTRIES = {
-    "platform": "platforms", "attention": "attention", "model": "models", "quant": "quant", "specdec": "spec_decoders"
+    "platform": "platforms", "attention": "attention", "model": "models", "quant": "quant", "specdec": "spec_decoders",
+    "command": "commands",
 }  # fmt: skip
 
 
@@ -50,11 +53,12 @@ def test_what_it_writes_is_found_and_clean(kind, made, capsys):
     registries = PluginHost().discover().registries
     entry = registries.by_kind()[REGISTRIES[kind]].get(NAME)
     assert entry.owner == f"plugin '{NAME}' (dovetail-{NAME} 0.1.0)"
-    assert entry.load().__name__.startswith("BlankPage")
+    target = entry.load()
+    assert isinstance(target, click.Command) if kind == "command" else target.__name__.startswith("BlankPage")
     files = [file for file in folder.rglob("*") if file.is_file() and file.suffix != ".pyc"]
     assert not [file for file in files if "sketch" in (file.name + file.read_text()).lower()]
-    option = [word for word in KINDS[kind].format(name=NAME).replace("'", "").split(" ", 1) if word]
-    assert run(["explain", *option]) == 0
+    capsys.readouterr()
+    assert run(shlex.split(KINDS[kind].format(name=NAME))) == 0
     assert NAME in capsys.readouterr().out
     clean = [sys.executable, "-m", "ruff", "check", "--no-cache", str(folder)]
     done = subprocess.run(clean, capture_output=True, text=True, check=False)
@@ -85,6 +89,7 @@ def test_it_says_what_it_wrote_and_what_to_do(tmp_path, monkeypatch, capsys):
     assert files == [line.strip() for line in printed.splitlines()[1 : 1 + len(files)]]
     assert "cd dovetail-blank-page" in printed
     assert f"dovetail conformance {NAME}" in printed
+    assert f"""dovetail explain --speculative-config '{{"method": "{NAME}"}}'""" in printed
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):

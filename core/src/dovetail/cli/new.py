@@ -16,13 +16,14 @@ from dovetail.errors import ConfigError
 TEMPLATES = Path(__file__).parents[1] / "templates"
 COMMON = "common"
 KINDS = {
-    "platform": "--platform {name}",
-    "attention": "--attention {name}",
-    "model": "",
-    "quant": "--quantization {name}",
-    "specdec": '--speculative-config \'{{"method": "{name}"}}\'',
+    "platform": "explain --platform {name}",
+    "attention": "explain --attention {name}",
+    "model": "plugins",
+    "quant": "explain --quantization {name}",
+    "specdec": 'explain --speculative-config \'{{"method": "{name}"}}\'',
+    "command": "{name} --help",
 }
-"""What can be made, and the option that asks for it; a model is found by its checkpoint."""
+"""What can be made, and what shows that it is found; a model is, by its checkpoint."""
 LONGEST_NAME = 40
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
@@ -111,11 +112,10 @@ def renamed(text: str, name: str) -> str:
 
 
 def _next_steps(kind: str, name: str, folder: Path) -> list[str]:
-    option = KINDS[kind].format(name=name)
     return [
         f"cd {folder}",
         "pip install -e '.[test]'",
         "pytest",
         f"dovetail conformance {name}",
-        *([f"dovetail explain {option}"] if option else []),
+        f"dovetail {KINDS[kind].format(name=name)}",
     ]
