@@ -79,6 +79,7 @@ def test_sorted_rows(tokens, experts, choices, monkeypatch):
         (40, 24, 3, 712, 264),
         (100, 130, 2, 520, 640),
         (250, 64, 4, 512, 520),
+        (500, 64, 4, 512, 520),
     ],
 )
 def test_streams(dtype, tokens, experts, choices, width, inner):
@@ -98,11 +99,11 @@ def test_what_streams(monkeypatch):
     assert stream(x, gate_up, down, ids) is None or not INTERPRETED
     monkeypatch.setattr(stream_support, "has_engine", lambda device: True)
     monkeypatch.setattr(stream_support, "multiprocessors", lambda device: 100)
-    assert stream(x, gate_up, down, ids) == Stream(rows=16, stages=3, programs=100, guesses=True)
-    assert stream(x, gate_up, down, ids.repeat(2, 1)[:17]).rows == 32
-    assert not stream(x, gate_up, down, ids.repeat(3, 1)[:33])
-    wider, taller = torch.cat([gate_up] * 2, 1).repeat(1, 1, 2), down.repeat(1, 2, 2)
-    assert stream(x, wider, taller, ids[:3]) == Stream(rows=16, stages=4, programs=100, guesses=False)
+    assert stream(x, gate_up, down, ids[:3]) == Stream(rows=16, stages=3, programs=200, guesses=False)
+    many = ids.repeat(5, 1)
+    assert [stream(x, gate_up, down, many[:n]).rows for n in (4, 16, 17, 40, 41, 64)] == [16, 16, 32, 32, 64, 64]
+    assert stream(x, gate_up, down, many[:4]).guesses
+    assert not stream(x, gate_up, down, many[:65])
     for case in (
         (x.float(), gate_up.float(), down.float()),
         (x, gate_up.half(), down),

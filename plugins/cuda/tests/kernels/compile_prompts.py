@@ -61,6 +61,6 @@ expert_stream._inner_kernel = Compiled(expert_stream._inner_kernel, is_shared_ou
 expert_stream._outer_kernel = Compiled(expert_stream._outer_kernel, is_shared_out=False)
 x, gate_up, down = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((64, 512), (4, 768, 512), (4, 512, 384)))
 order = expert_order.Order(torch.zeros(64, dtype=torch.int32), torch.zeros(3, 8, dtype=torch.int32))
-for cut in (Stream(16, 3, 132, guesses=False), Stream(16, 4, 132, guesses=True), Stream(32, 4, 132, guesses=True)):
+for cut in (Stream(16, 3, 264, guesses=False), Stream(16, 3, 264, guesses=True), Stream(64, 2, 264, guesses=True)):
     hidden = expert_stream.inner_products(x, gate_up, order, cut)
     expert_stream.outer_products(hidden, down, torch.zeros(32, 2), order, cut)

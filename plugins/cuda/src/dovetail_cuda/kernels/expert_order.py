@@ -22,6 +22,8 @@ PROGRAMS = 128
 """From so many on, a program places more choices."""
 TILES = 8
 """Tiles that it describes."""
+SORTED = 4096
+"""Choices up to which each is compared to all others."""
 PART = 1024
 """Elements of a token that a program copies."""
 
@@ -80,7 +82,7 @@ def order_by_expert(expert_ids_TA: Tensor, experts: int, rows: int, rest: int) -
 
 
 def sort_by_expert(x_TD: Tensor, expert_ids_TA: Tensor, experts: int, rows: int) -> tuple[Order, Tensor]:
-    """The order without rests, of at most ``COUNTED[1]`` choices, and the token of each choice in it: ``[C, D]``.
+    """The order without rests, of at most ``SORTED`` choices, and the token of each choice in it: ``[C, D]``.
 
     There are as many comparisons as squared choices, and nothing that needs their results but to copy.
     """

@@ -7,18 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dovetail_cuda.kernels.expert_order import COUNTED
+from dovetail_cuda.kernels.expert_order import SORTED
 from dovetail_cuda.kernels.narrow import multiprocessors
 from dovetail_cuda.kernels.prompt_support import has_engine
 
 STEP = 128
 """Inputs that are multiplied together."""
-ROWS = 16, 32
-"""Of a tile."""
-STAGES = 3, 4
-"""Steps that are under way together, at least and at most; no tile has fewer. More would keep memory no busier."""
-MOST = 8, 16
-"""Rows per expert, at an average, for tiles of so many; with more, many experts would be read several times."""
+PROGRAMS = 2
+"""That a multiprocessor has room for."""
 LIKELY = 2
 """Rows per expert, at an average, from which almost every expert has some."""
 ALIGNED = 8
@@ -30,8 +26,8 @@ class Stream(NamedTuple):
 
     Attributes:
         rows: of a tile.
-        stages: steps that are under way together.
-        programs: one for each multiprocessor.
+        stages: steps that are under way together; no tile may have fewer.
+        programs: as many as can run together.
         guesses: whether almost every expert has rows, so that programs know their first one.
     """
 
@@ -41,20 +37,27 @@ class Stream(NamedTuple):
     guesses: bool
 
 
+CUTS = {8: (16, 3), 20: (32, 2), 32: (64, 2)}
+"""Up to so many rows per expert, at an average, tiles of so many rows, and stages. Few experts need a second tile."""
+FEWEST = 3
+"""Steps of a tile."""
+
+
 def stream(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, expert_ids_TA: Tensor) -> Stream | None:
     """How to compute this, if at all: with a few rows per expert, and weights that the copy engine can read."""
     experts, width, inner = down_EDF.shape
     choices = expert_ids_TA.numel()
+    cut = next((cut for most, cut in CUTS.items() if choices <= most * experts), None)
     if (
-        choices <= min(MOST[1] * experts, COUNTED[1])
+        cut
+        and choices <= SORTED
         and has_engine(x_TD.device)
         and x_TD.dtype == gate_up_EFD.dtype == down_EDF.dtype
         and x_TD.dtype in (torch.bfloat16, torch.float16)
         and gate_up_EFD.is_contiguous()
         and down_EDF.is_contiguous()
         and width % ALIGNED == inner % ALIGNED == 0
-        and min(width, inner) > (STAGES[0] - 1) * STEP
+        and min(width, inner) > (FEWEST - 1) * STEP
     ):
-        rows, stages = ROWS[choices > MOST[0] * experts], min(STAGES[1], -(-min(width, inner) // STEP))
-        return Stream(rows, stages, multiprocessors(x_TD.device), choices >= LIKELY * experts)
+        return Stream(*cut, PROGRAMS * multiprocessors(x_TD.device), choices >= LIKELY * experts)
     return None
