@@ -209,6 +209,30 @@ def test_a_platform_hears_that_the_engine_ends(tmp_path, counting):
     assert counting.log[-1] == ("closed", None)
 
 
+def test_a_platform_hears_that_the_engine_ends_even_where_a_pass_does_not_close(tmp_path, counting, monkeypatch):
+    executor, _ = load(config_of(tmp_path / "model"))
+    monkeypatch.setattr(ForwardPass, "close", refuse_to_close)
+    with pytest.raises(RuntimeError, match="device is lost"):
+        executor.close()
+    assert counting.log[-1] == ("closed", None)
+
+
+def test_what_fails_in_closing_does_not_hide_why_loading_failed(tmp_path, counting, monkeypatch):
+    class Refused(Progress):
+        def update(self, stage, done, total):
+            if stage == "warm-up":
+                monkeypatch.setattr(ForwardPass, "close", refuse_to_close)
+                raise ConfigError("no")
+
+    with pytest.raises(ConfigError, match="no") as caught:
+        LocalExecutor(config_of(tmp_path / "model")).load(Refused())
+    assert "device is lost" in caught.value.__notes__[0]
+
+
+def refuse_to_close(forward):
+    raise RuntimeError("device is lost")
+
+
 def test_a_step_that_does_not_fit_is_refused(tmp_path, counting, monkeypatch):
     monkeypatch.setattr(counting, "room", 40 * PER_TOKEN)
     config = config_of(tmp_path / "model", max_num_batched_tokens=48, max_num_seqs=5)

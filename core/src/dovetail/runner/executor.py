@@ -43,8 +43,11 @@ class LocalExecutor(Executor):
         try:
             with blaming(self._config, "loading", PluginLoadError):
                 return self._load(progress)
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            try:
+                self.close()
+            except Exception as second:  # noqa: BLE001  (what went wrong first says more)
+                error.add_note(f"Then, closing failed: {second!r}")
             raise
 
     def _load(self, progress: Progress) -> ExecutorInfo:
@@ -127,9 +130,11 @@ class LocalExecutor(Executor):
     def close(self) -> None:
         """Drop model and cache."""
         self._runner = None
-        self._forget_passes()
-        if self._platform is not None:
-            self._platform.close()
+        try:
+            self._forget_passes()
+        finally:
+            if self._platform is not None:
+                self._platform.close()
 
     def _forget_passes(self) -> None:
         for each in self._passes:
