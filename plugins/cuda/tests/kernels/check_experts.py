@@ -5,8 +5,9 @@ import torch
 from inputs import DTYPES, INTERPRETED, close, randn
 
 from dovetail.ops import reference
-from dovetail_cuda.kernels import expert_order, experts, routing, stream_support
+from dovetail_cuda.kernels import expert_order, experts, group_support, routing, stream_support
 from dovetail_cuda.kernels.experts import Tiling, experts_pack, moe_experts
+from dovetail_cuda.kernels.group_support import takes_groups
 from dovetail_cuda.kernels.routing import choose_experts
 from dovetail_cuda.kernels.stream_support import Stream, stream
 
@@ -112,6 +113,66 @@ def test_what_streams(monkeypatch):
         (x, gate_up[..., :268].contiguous(), down[:, :268].contiguous()),
     ):
         assert not stream(*case, ids)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="lacks what computes groups of rows")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "choices", "width", "inner"),
+    [(700, 8, 3, 256, 256), (333, 130, 30, 512, 320), (3001, 4, 2, 768, 448), (9000, 128, 8, 256, 256)],
+)
+def test_groups(dtype, tokens, experts, choices, width, inner, monkeypatch):
+    monkeypatch.setattr(group_support, "MANY", 0)
+    case = arguments(tokens, experts, choices, width, inner, dtype)
+    if not takes_groups(case[2][0], case[2], 128, 64):
+        pytest.skip("another GPU")
+    for chosen in (case[3], torch.where(case[3] < experts // 2, case[3], 1), torch.full_like(case[3], 1)):
+        check_groups(*case[:3], chosen, case[4])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="lacks what computes groups of rows")
+def test_groups_of_all_sizes(monkeypatch):
+    """Rows of each expert: none, one, and around parts of tiles, and tiles."""
+    monkeypatch.setattr(group_support, "MANY", 0)
+    rows = torch.tensor([0, 1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 256, 0, 3, 320, 321, 0])
+    x, gate_up, down, ids, weights = arguments(int(rows.sum()), len(rows), 1, 256, 320, torch.bfloat16)
+    if not takes_groups(down[0], down, 128, 64):
+        pytest.skip("another GPU")
+    chosen = torch.repeat_interleave(torch.arange(len(rows)), rows)
+    ids[:, 0] = chosen[randn(len(ids)).argsort().cpu()].to(ids.device)
+    check_groups(x, gate_up, down, ids, weights)
+
+
+def check_groups(*case):
+    out = moe_experts(*case)
+    close(out, expected(*case), out.dtype, 2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = moe_experts(*case)
+    for _ in range(5):
+        again.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, again)
+
+
+def test_what_groups(monkeypatch):
+    monkeypatch.setattr(group_support, "MANY", 3)
+    x, down = torch.zeros(9, 256, dtype=torch.bfloat16), torch.zeros(3, 512, 256, dtype=torch.bfloat16)
+    assert not takes_groups(x, down, 128, 64)
+    monkeypatch.setattr(group_support, "has_engine", lambda device: True)
+    assert takes_groups(x, down, 128, 64)
+    assert not takes_groups(x, down, 64, 0)
+    for case in (
+        (x[1:], down),
+        (x.float(), down.float()),
+        (x.half(), down),
+        (x, down[:, 8:]),
+        (x, down[:, 64:].contiguous()),
+        (x[:, :192].contiguous(), down[..., :192].contiguous()),
+        (torch.zeros(9, 264).bfloat16(), torch.zeros(3, 512, 264).bfloat16()),
+        (torch.zeros(9, 512).bfloat16()[:, :256], down),
+    ):
+        assert not takes_groups(*case, 128, 64)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

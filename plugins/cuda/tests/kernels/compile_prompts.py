@@ -7,7 +7,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from dovetail_cuda import quantized
-from dovetail_cuda.kernels import expert_order, expert_stream, many_rows, prompts, skinny
+from dovetail_cuda.kernels import expert_groups, expert_order, expert_stream, many_rows, prompts, skinny
 from dovetail_cuda.kernels.narrow import Codes
 from dovetail_cuda.kernels.stream_support import Stream
 from dovetail_cuda.narrow_ways import Way
@@ -64,3 +64,6 @@ order = expert_order.Order(torch.zeros(64, dtype=torch.int32), torch.zeros(3, 8,
 for cut in (Stream(16, 3, 264, guesses=False), Stream(16, 3, 264, guesses=True), Stream(64, 2, 264, guesses=True)):
     hidden = expert_stream.inner_products(x, gate_up, order, cut)
     expert_stream.outer_products(hidden, down, torch.zeros(32, 2), order, cut)
+expert_groups._outer_kernel = Compiled(expert_groups._outer_kernel)
+expert_groups.multiprocessors = lambda device: 132
+expert_groups.outer_products(hidden[:, :256].contiguous(), down[:, :, :256].contiguous(), torch.zeros(32, 2), order)

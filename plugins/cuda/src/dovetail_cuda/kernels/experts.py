@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dovetail_cuda.kernels.expert_order import Order, order_by_expert, sort_by_expert
 from dovetail_cuda.kernels.expert_vectors import experts_of_few
+from dovetail_cuda.kernels.group_support import takes_groups
 from dovetail_cuda.kernels.overlap import overlapped, release, wait
 from dovetail_cuda.kernels.stream_support import Stream, stream
 
@@ -75,8 +76,17 @@ def moe_experts(
     inner_tiling, outer_tiling = tilings(tokens * choices / len(down_EDF), x_TD)
     order = order_by_expert(expert_ids_TA, len(down_EDF), inner_tiling.rows, inner_tiling.rest)
     hidden_CF = inner_products(x_TD, gate_up_EFD, order, choices, inner_tiling)
-    y_CD = outer_products(hidden_CF, down_EDF, expert_weights_TA, order, outer_tiling)
+    if takes_groups(hidden_CF, down_EDF, outer_tiling.rows, outer_tiling.rest):
+        y_CD = _grouped(hidden_CF, down_EDF, expert_weights_TA, order)
+    else:
+        y_CD = outer_products(hidden_CF, down_EDF, expert_weights_TA, order, outer_tiling)
     return combine(y_CD, expert_ids_TA, len(down_EDF))
+
+
+def _grouped(hidden_CF: Tensor, down_EDF: Tensor, expert_weights_TA: Tensor, order: Order) -> Tensor:
+    from dovetail_cuda.kernels import expert_groups  # not every release of Triton can
+
+    return expert_groups.outer_products(hidden_CF, down_EDF, expert_weights_TA, order)
 
 
 def _streamed(

@@ -52,8 +52,8 @@ def many_rows_product(x_TI: Tensor, codes: Codes, bias_O: Tensor | None, process
     zero_OG = codes.scale_OG if codes.zero_OG is None else codes.zero_OG
     tiles_o, tiles_t = triton.cdiv(outputs, 2 * OUTPUTS.value), triton.cdiv(tokens, rows)
     _many_rows_kernel[(min(tiles_o * tiles_t, processors),)](
-        _described(weight, OUTPUTS.value, INPUTS.value // (2 if pairs else 1)),
-        _described(x_TI, rows, INPUTS.value),
+        described(weight, OUTPUTS.value, INPUTS.value // (2 if pairs else 1)),
+        described(x_TI, rows, INPUTS.value),
         codes.scale_OG,
         zero_OG,
         out_TO if bias_O is None else bias_O,
@@ -78,7 +78,7 @@ def many_rows_product(x_TI: Tensor, codes: Codes, bias_O: Tensor | None, process
     return out_TO
 
 
-def _described(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def described(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """For the copy engine, which takes tiles of this size from the matrix."""
     bits = 8 * matrix.element_size()
     layout = gl.NVMMASharedLayout(swizzle_byte_width=columns * bits // 8, element_bitwidth=bits, rank=2)
