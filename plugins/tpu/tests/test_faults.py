@@ -5,6 +5,7 @@ import re
 import jax
 import pytest
 import torch
+from jax.experimental import pallas as pl
 
 from dovetail.contracts.platform import Bucket, PlatformConfig
 from dovetail.errors import ConfigError
@@ -49,8 +50,49 @@ def test_a_step_that_does_not_fit_is_refused_with_a_remedy(platform, monkeypatch
     """The bridge torch_xla compiles what it traces."""
     monkeypatch.setattr(JaxBridge, compiles, fail(LACKS_HBM, error))
     program = platform.compile(lambda x: (x,), Bucket(16, 1))
-    with pytest.raises(ConfigError, match=r"A step does not fit into the memory of v6e\. Lower --max-num-batched"):
+    with pytest.raises(
+        ConfigError,
+        match=r"A step of 16 tokens × 1 requests does not fit into the memory of v6e\. Lower --max-num-batched",
+    ):
         program(torch.zeros(16))
+
+
+def for_chips(x_N):
+    """A kernel that the host's compiler refuses."""
+    return (pl.pallas_call(copied, out_shape=jax.ShapeDtypeStruct(x_N.shape, x_N.dtype))(x_N),)
+
+
+def copied(x_ref, out_ref):
+    out_ref[...] = x_ref[...]
+
+
+def test_a_step_that_does_not_compile_is_refused_with_a_remedy(platform):
+    program = platform.compile(lambda x_N: platform._bridge.apply(for_chips, x_N), Bucket(16, 1))
+    says = (
+        "A step of 16 tokens × 1 requests does not compile for v6e: report it .*--attention tpu-gather.*interpret mode"
+    )
+    with pytest.raises(ConfigError, match=says) as refusal:
+        program(torch.zeros(16))
+    assert isinstance(refusal.value.__cause__, ValueError)
+
+
+def test_outside_of_steps_too(platform):
+    with pytest.raises(
+        ConfigError, match=r"The program of for_chips does not compile for v6e: report it.*interpret mode"
+    ):
+        platform._bridge.apply(for_chips, torch.zeros(16))
+
+
+def faulty(x_N):
+    """What is wrong is our own code."""
+    raise ValueError("a fault of ours")
+
+
+def test_faults_of_our_own_code_stay_what_they_are(platform):
+    program = platform.compile(lambda x_N: platform._bridge.apply(faulty, x_N), Bucket(16, 1))
+    for fails in (program, lambda x_N: platform._bridge.apply(faulty, x_N)):
+        with pytest.raises(ValueError, match="a fault of ours"):
+            fails(torch.zeros(16))
 
 
 def test_a_model_that_does_not_fit_is_refused_with_a_remedy(platform, monkeypatch):

@@ -128,11 +128,11 @@ def test_waiting_tells_how_much_is_compiled(programs):
 
 def test_what_fails_to_compile_fails_the_end_of_warm_up(programs, monkeypatch):
     def refuse(traced):
-        raise ValueError("does not fit")
+        raise ValueError("no such layout")
 
     monkeypatch.setattr(programs.bridge, "compile", refuse)
     Program(lambda step: (step.token_ids_T,), BUCKET, programs)(step_tensors(max_seq_len=0))
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ConfigError, match="no such layout"):
         programs.complete()
 
 

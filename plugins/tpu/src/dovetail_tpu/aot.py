@@ -24,7 +24,7 @@ from dovetail_tpu.bridges.jax_bridge import JaxBridge
 from dovetail_tpu.bridges.lifting import Lifted
 from dovetail_tpu.bridges.protocol import ChipMemory, Step
 from dovetail_tpu.bridges.transfers import jax_dtype
-from dovetail_tpu.faults import refused
+from dovetail_tpu.faults import compiling
 from dovetail_tpu.slices import Slice
 from dovetail_tpu.topology import topology_devices
 
@@ -127,10 +127,8 @@ class AotBridge(JaxBridge):
         Raises:
             ConfigError: it does not fit, or cannot be compiled; says what to change.
         """
-        try:
+        with compiling(self.device_kind, "A step"):  # all that is ours has run in the trace
             compiled = self.lowered(traced).compile()
-        except Exception as error:  # kernels' compilers raise what they like; all that is ours has run in the trace
-            raise refused(str(error) or type(error).__name__, self._chip.name) from error
         counted = compiled.memory_analysis()
         memory = Memory(
             arguments=counted.argument_size_in_bytes,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from dovetail.errors import ConfigError, DovetailError
 from dovetail_tpu.kernels.chip import chip_of_kind
@@ -11,6 +13,8 @@ from dovetail_tpu.kernels.chip import chip_of_kind
 EXHAUSTED = "RESOURCE_EXHAUSTED"
 LACKS = (EXHAUSTED.lower(), "out of memory", "exceed")
 """What faults say where there is too little of a memory; others, too, may name one."""
+
+_logger = logging.getLogger("dovetail.tpu")
 
 
 @contextmanager
@@ -29,8 +33,32 @@ def explained(kind: str, what: str) -> Iterator[None]:
     except Exception as error:  # JAX's and torch_xla's are RuntimeErrors; those that Pallas makes of JAX's are not
         if isinstance(error, DovetailError) or EXHAUSTED not in str(error):
             raise
-        chip = chip_of_kind(kind)
-        raise refused(str(error), chip.name if chip else kind, what) from error
+        raise refused(str(error), _chip(kind), what) from error
+
+
+@contextmanager
+def compiling(kind: str, what: str) -> Iterator[None]:
+    """Explain whatever a compiler refuses. Nothing else belongs inside: faults of our own code would look like its own.
+
+    Args:
+        kind: JAX's ``device_kind``.
+        what: is being compiled.
+
+    Raises:
+        ConfigError: it does not compile; says what to change.
+    """
+    try:
+        yield
+    except Exception as error:  # kernels' compilers raise what they like
+        if isinstance(error, DovetailError):
+            raise
+        _logger.debug("%s does not compile:", what, exc_info=True)  # the engine's process tells the message alone
+        raise refused(str(error) or type(error).__name__, _chip(kind), what) from error
+
+
+def program_of(function: Callable[..., Any], static: Mapping[str, Any]) -> str:
+    """What compiling a function of JAX is called; ``static`` are its named arguments."""
+    return f"The program of {static.get('kernel', function).__name__.strip('_')}"
 
 
 def refused(fault: str, chip: str, what: str = "A step") -> ConfigError:
@@ -54,4 +82,12 @@ def refused(fault: str, chip: str, what: str = "A step") -> ConfigError:
             f"A step's tables need more of a core's scalar memory (smem) than {chip} has. Raise --block-size, or lower "
             f"--max-model-len or --max-num-seqs. ({first})"
         )
-    return ConfigError(f"The compiler of {chip} refuses a step: report it to the authors of dovetail-tpu. ({first})")
+    return ConfigError(
+        f"{what} does not compile for {chip}: report it to the authors of dovetail-tpu. Where attention's kernel is at "
+        f"fault, --attention tpu-gather does without it. ({first})"
+    )
+
+
+def _chip(kind: str) -> str:
+    chip = chip_of_kind(kind)
+    return chip.name if chip else kind

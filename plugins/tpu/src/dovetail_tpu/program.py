@@ -19,7 +19,7 @@ from dovetail.tensors import leaves, replaced
 from dovetail_tpu.attention import Tables
 from dovetail_tpu.bridges.protocol import Bridge, Executable, Step
 from dovetail_tpu.compile_pool import CompilePool
-from dovetail_tpu.faults import explained
+from dovetail_tpu.faults import compiling, explained
 from dovetail_tpu.packing import Packing
 
 _logger = logging.getLogger("dovetail.tpu")
@@ -45,22 +45,28 @@ class Programs:
         self._largest: list[tuple[ref[_Variant], Sequence[Tensor]]] = []
         self.compiled = 0
 
-    def trace(self, step: Step, words: int) -> Any:
+    def trace(self, step: Step, words: int, what: str) -> Any:
         """See the bridge's, of which one compiles here.
 
+        Args:
+            what: it is.
+
         Raises:
             ConfigError: the chip's memories do not suffice.
         """
-        with explained(self.bridge.device_kind, "A step"):
+        with explained(self.bridge.device_kind, what):
             return self.bridge.trace(step, words)
 
-    def compile(self, traced: Any) -> Executable:
+    def compile(self, traced: Any, what: str) -> Executable:
         """In one of the pool's threads.
 
+        Args:
+            what: was traced.
+
         Raises:
-            ConfigError: the chip's memories do not suffice.
+            ConfigError: the chip's memories do not suffice, or it cannot be compiled.
         """
-        with explained(self.bridge.device_kind, "A step"):
+        with compiling(self.bridge.device_kind, what):
             executable: Executable = self.bridge.compile(traced)
         if executable.temp_bytes is None:
             self.is_measured = False
@@ -125,7 +131,7 @@ class Program:
         variant = self._variants.get(key)
         if variant is None:
             self._check_compiles(packing)
-            variant = self._variants[key] = _Variant(self._step, args, packing, self._programs)
+            variant = self._variants[key] = _Variant(self._step, args, packing, self._programs, self._bucket)
         if is_padding and not self._programs.is_complete:
             self._programs.met(self._bucket, variant, inputs)
             return variant.zeros()
@@ -147,7 +153,9 @@ class Program:
 class _Variant:
     """A step with inputs of given shapes."""
 
-    def __init__(self, step: StepFunction, args: Sequence[Any], packing: Packing, programs: Programs) -> None:
+    def __init__(
+        self, step: StepFunction, args: Sequence[Any], packing: Packing, programs: Programs, bucket: Bucket
+    ) -> None:
         self._packing = packing
         self._bridge = bridge = programs.bridge
         self._results: Any = None
@@ -158,8 +166,9 @@ class _Variant:
             self._results = replaced(outputs, _like)
             return [leaf for leaf in leaves(outputs) if isinstance(leaf, Tensor)]
 
-        traced = programs.trace(body, packing.words)
-        self._executable: Future[Executable] = programs.pool.submit(lambda: programs.compile(traced))
+        what = f"A step of {bucket.num_tokens} tokens × {bucket.num_requests} requests"
+        traced = programs.trace(body, packing.words, what)
+        self._executable: Future[Executable] = programs.pool.submit(lambda: programs.compile(traced, what))
 
     def zeros(self) -> Any:
         """Results of the right shapes."""

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from dovetail.errors import ConfigError
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
 INTEGERS = (torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
 
@@ -175,6 +177,15 @@ def test_what_cannot_be_a_program_is_refused(bridge, step, says):
         bridge.trace(changing, 3)
     assert counts.cpu().count_nonzero() == 0
     assert run(bridge, bridge.trace(lambda packed_W: [counts + packed_W], 3), 1, 2, 3)[0].tolist() == [1, 2, 3]
+
+
+def test_what_xla_does_not_compile_is_refused_with_a_remedy(bridge, monkeypatch):
+    def refuse(roots, devices):
+        raise RuntimeError("INTERNAL: Mosaic failed to compile TPU kernel")
+
+    monkeypatch.setattr("dovetail_tpu.bridges.capture.XLAC._xla_warm_up_cache", refuse)
+    with pytest.raises(ConfigError, match=r"A step does not compile for cpu: report it .*Mosaic failed"):
+        bridge.trace(lambda packed_W: [packed_W * 3], 3)
 
 
 def test_programs_take_their_own_size(bridge):

@@ -1,8 +1,12 @@
 """Functions of JAX as operations of torch_xla, compared with NumPy."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 import torch
+from jax.experimental import pallas as pl
+
+from dovetail.errors import ConfigError
 
 
 def gathered(table_VD, ids_T, *, times):
@@ -23,6 +27,22 @@ def test_functions_of_jax(bridge, dtype, ids):
         assert rows_TD.tolist() == [[18, 20, 22], [0, 2, 4], [18, 20, 22]]
         assert largest.dtype == ids
         assert largest.item() == 3
+
+
+def for_chips(x_N):
+    """A kernel that the host's compiler refuses."""
+    return (pl.pallas_call(copied, out_shape=jax.ShapeDtypeStruct(x_N.shape, x_N.dtype))(x_N),)
+
+
+def copied(x_ref, out_ref):
+    out_ref[...] = x_ref[...]
+
+
+def test_a_kernel_that_does_not_compile_is_refused_with_a_remedy(bridge):
+    with pytest.raises(
+        ConfigError, match=r"The program of for_chips does not compile for cpu: report it.*interpret mode"
+    ):
+        bridge.trace(lambda packed_W: bridge.apply(for_chips, packed_W), 3)
 
 
 def test_wide_integers_stay_wide(bridge):

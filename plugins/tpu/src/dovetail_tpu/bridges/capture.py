@@ -19,6 +19,7 @@ from torch import Tensor
 from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
 from dovetail_tpu.bridges.protocol import State, Step
+from dovetail_tpu.faults import compiling
 
 XLAC = torch_xla._XLAC
 Buffer = State | Tensor
@@ -90,15 +91,17 @@ def _exchange(buffer: Buffer, new: Tensor) -> Tensor:
     return copy
 
 
-def capture(step: Step, words: int, buffers: Sequence[Buffer]) -> CapturedProgram:
+def capture(step: Step, words: int, buffers: Sequence[Buffer], device_kind: str) -> CapturedProgram:
     """Trace and compile a step. Nothing is run, and buffers keep their contents.
 
     Args:
         step: the program's body.
         words: size of the packed input.
         buffers: all that there are. Which of them the step uses is found out.
+        device_kind: JAX's name of the device.
 
     Raises:
+        ConfigError: XLA does not compile it.
         RuntimeError: the step needs to know values while it is traced, uses what torch_xla has no operation for, or
             XLA would copy a buffer to change it.
     """
@@ -115,7 +118,7 @@ def capture(step: Step, words: int, buffers: Sequence[Buffer]) -> CapturedProgra
             for buffer, tensor, new in zip(buffers, before, is_new, strict=True)
             if new or contents(buffer) is not tensor
         ]
-        return _compiled(outputs, changed, known, words)
+        return _compiled(outputs, changed, known, words, device_kind)
 
 
 @contextmanager
@@ -164,14 +167,18 @@ def _pending(tensors: Sequence[Tensor]) -> list[bool]:
 
 
 def _compiled(
-    outputs: Sequence[Tensor], changed: Sequence[Buffer], known: Mapping[int, Buffer | None], words: int
+    outputs: Sequence[Tensor],
+    changed: Sequence[Buffer],
+    known: Mapping[int, Buffer | None],
+    words: int,
+    device_kind: str,
 ) -> CapturedProgram:
     roots, places = _roots([*map(contents, changed), *outputs], known)
     numbers, values = XLAC._get_tensors_xla_device_data_node(roots)
     inputs = [known.get(number, value) for number, value in zip(numbers, values, strict=True)]
     wanted = {id(buffer) for buffer in changed}
     donors = [value for buffer, value in zip(inputs, values, strict=True) if id(buffer) in wanted]
-    key = _compile(roots, donors)
+    key = _compile(roots, donors, device_kind)
     alias_bytes = sum(donor.nbytes for donor in donors)
     return CapturedProgram(key, inputs, changed, places[len(changed) :], words, alias_bytes)
 
@@ -192,7 +199,7 @@ def _roots(
     return list(roots.values()), places
 
 
-def _compile(roots: Sequence[Tensor], donors: Sequence[Tensor]) -> Any:
+def _compile(roots: Sequence[Tensor], donors: Sequence[Tensor], device_kind: str) -> Any:
     """The key of a program that computes ``roots`` and may take the memory of ``donors`` for it."""
     for donor in donors:
         XLAC._set_buffer_donation(donor, True)
@@ -200,7 +207,8 @@ def _compile(roots: Sequence[Tensor], donors: Sequence[Tensor]) -> Any:
         with alias_with_buffer_donor_config():
             compiled, aliased = _count("CompileTime", 0), _count("InputOutputAliasCount", 1)
             key = XLAC._get_graph_hash(roots)
-            XLAC._xla_warm_up_cache(roots, [])
+            with compiling(device_kind, "A step"):
+                XLAC._xla_warm_up_cache(roots, [])
             if _count("CompileTime", 0) > compiled:  # else the same program was compiled before
                 aliased = int(_count("InputOutputAliasCount", 1) - aliased)
                 if aliased != len(donors):

@@ -26,6 +26,7 @@ from dovetail_tpu.bridges.lifting import Lifted, lift, shape_of
 from dovetail_tpu.bridges.protocol import ChipMemory, Kernel, Spec, State, Step
 from dovetail_tpu.bridges.torchax_ops import TracingEnvironment, wrapped
 from dovetail_tpu.bridges.transfers import array_of, jax_dtype, numpy_of, tensor_of
+from dovetail_tpu.faults import compiling, program_of
 from dovetail_tpu.mesh import tp_mesh
 
 FEW = 64
@@ -100,7 +101,7 @@ class JaxBridge:
             arrays = jax.device_put(arrays, self._sharding(()))
         with self._on_mesh() if contents or self._is_tracing else nullcontext():
             inputs = [*contents, *arrays]
-            outputs = function(*inputs, **static) if self._is_tracing else _run(function, inputs, len(states), static)
+            outputs = function(*inputs, **static) if self._is_tracing else self._run(function, inputs, states, static)
         for state, array in zip(states, outputs, strict=False):
             state.tensor._elem = array  # type: ignore[attr-defined]
         results = outputs[len(states) :]
@@ -171,6 +172,14 @@ class JaxBridge:
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
         compilation_cache.reset_cache()  # it may have been opened elsewhere
 
+    def _run(
+        self, function: Kernel, inputs: Sequence[Array], states: Sequence[State], static: dict[str, Any]
+    ) -> Sequence[Array]:
+        shapes = (*map(shape_of, inputs),)
+        compiled = _compiled(function, len(states), (*static.items(),), shapes, self.device_kind)
+        outputs: Sequence[Array] = compiled(*inputs)
+        return outputs
+
     def _place(self, host: Tensor, sharding: NamedSharding) -> Any:
         return array_of(host, sharding)
 
@@ -202,14 +211,15 @@ class JaxBridge:
         return tensor
 
 
-def _run(function: Kernel, inputs: Sequence[Array], num_states: int, static: dict[str, Any]) -> Sequence[Array]:
-    outputs: Sequence[Array] = _compiled(function, num_states, (*static.items(),), (*map(shape_of, inputs),))(*inputs)
-    return outputs
-
-
 @functools.lru_cache(maxsize=FEW)
 def _compiled(
-    function: Kernel, num_states: int, static: tuple[tuple[str, Any], ...], shapes: tuple[jax.ShapeDtypeStruct, ...]
+    function: Kernel,
+    num_states: int,
+    static: tuple[tuple[str, Any], ...],
+    shapes: tuple[jax.ShapeDtypeStruct, ...],
+    device_kind: str,
 ) -> Any:
-    jitted = jax.jit(functools.partial(function, **dict(static)), donate_argnums=tuple(range(num_states)))
-    return jitted.lower(*shapes).compile()
+    named = dict(static)
+    traced = jax.jit(functools.partial(function, **named), donate_argnums=tuple(range(num_states))).trace(*shapes)
+    with compiling(device_kind, program_of(function, named)):
+        return traced.lower().compile()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dovetail_tpu.bridges.protocol import Kernel
 from dovetail_tpu.bridges.transfers import jax_dtype
+from dovetail_tpu.faults import compiling, program_of
 
 Operation = Callable[[Sequence[Tensor]], list[Tensor]]
 Operand = tuple[tuple[int, ...], torch.dtype]
@@ -36,10 +37,12 @@ def _operation(
     function: Kernel, static: tuple[tuple[str, Any], ...], shapes: tuple[Operand, ...], device_kind: str
 ) -> Operation:
     arrays = [jax.ShapeDtypeStruct(shape, jax_dtype(dtype)) for shape, dtype in shapes]
+    named = dict(static)
     platform = "cpu" if device_kind == "cpu" else "tpu"
     with jax.enable_x64(True), jax.default_matmul_precision("highest"), _chip(device_kind):  # torch's tables hold int64
-        traced = jax.jit(functools.partial(function, **dict(static)), keep_unused=True).trace(*arrays)
-        hlo = traced.lower(lowering_platforms=(platform,)).compiler_ir("hlo")
+        traced = jax.jit(functools.partial(function, **named), keep_unused=True).trace(*arrays)
+        with compiling(device_kind, program_of(function, named)):
+            hlo = traced.lower(lowering_platforms=(platform,)).compiler_ir("hlo")
     computation = xb.computation_from_module_proto(function.__name__, hlo.as_serialized_hlo_module_proto())
     operation: Operation = xb.xla_computation_as_func(computation, function.__name__)
     return operation

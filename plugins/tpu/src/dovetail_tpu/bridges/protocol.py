@@ -121,7 +121,7 @@ class Bridge(Protocol):
         ...
 
     def compile(self, traced: Any) -> Executable:
-        """Compile what was traced. Any thread may, many at a time."""
+        """Compile what was traced; none of the step's own code runs any more. Any thread may, many at a time."""
         ...
 
     def call(self, executable: Any, packed_W: Tensor) -> Any:

@@ -114,7 +114,7 @@ class XlaBridge:
         """Trace and compile: torch_xla compiles what it has traced last.
 
         Raises:
-            ConfigError: there is no room for it on the host.
+            ConfigError: there is no room for it on the host, or it does not compile.
         """
         if self.device_kind == "cpu":
             check_room()
@@ -125,7 +125,7 @@ class XlaBridge:
 
         self._is_tracing = True
         try:
-            return capture(body, words, list(self._buffers.values()))
+            return capture(body, words, list(self._buffers.values()), self.device_kind)
         finally:
             self._is_tracing = False
 
