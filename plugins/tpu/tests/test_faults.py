@@ -21,6 +21,7 @@ LACKS_HBM = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 32G
     [
         (LACKS_HBM, r"A step does not fit into the memory of v5e\..*take more chips"),
         ("RESOURCE_EXHAUSTED: Attempting to allocate 2G. That was not possible.", "A step does not fit into"),
+        ("Attempting to allocate 2G. That was not possible.", "A step does not fit into"),  # as torch_xla says it
         ("Ran out of memory in memory space vmem. It should not be possible", r"\(vmem\).*Lower --block-size"),
         ("RESOURCE_EXHAUSTED: Mosaic failed to compile: scoped smem exceeded", r"\(smem\).*Raise --block-size"),
         ("INTERNAL: bitcast of unknown kind", "report it to the authors of dovetail-tpu"),
@@ -99,6 +100,14 @@ def test_a_model_that_does_not_fit_is_refused_with_a_remedy(platform, monkeypatc
     monkeypatch.setattr(JaxBridge, "adopt", fail(LACKS_HBM))
     with pytest.raises(ConfigError, match=r"The model does not fit into the memory of v6e.*quantize"):
         platform.adopt(torch.zeros(3))
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_a_remedy(platform):
+    """By the host's allocator, which has no petabyte."""
+    with pytest.raises(
+        ConfigError, match=r"The KV cache does not fit into the memory of v6e.*kv-cache-memory.*allocating"
+    ):
+        platform._bridge.allocate((1 << 48,), torch.float32)
 
 
 def test_other_faults_stay_what_they_are(platform, monkeypatch):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from dovetail.errors import ConfigError, DovetailError
 from dovetail_tpu.kernels.chip import chip_of_kind
 
-EXHAUSTED = "RESOURCE_EXHAUSTED"
-LACKS = (EXHAUSTED.lower(), "out of memory", "exceed")
-"""What faults say where there is too little of a memory; others, too, may name one."""
+WANTS = ("resource_exhausted", "out of memory", "that was not possible")
+"""What faults say where there is too little memory; torch_xla leaves the code of a fault out."""
+LACKS = (*WANTS, "exceed")
+"""And where there is too little of one of the small ones; other faults, too, may name one."""
 
 _logger = logging.getLogger("dovetail.tpu")
 
@@ -31,7 +32,7 @@ def explained(kind: str, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # JAX's and torch_xla's are RuntimeErrors; those that Pallas makes of JAX's are not
-        if isinstance(error, DovetailError) or EXHAUSTED not in str(error):
+        if isinstance(error, DovetailError) or not _says(str(error), WANTS):
             raise
         raise refused(str(error), _chip(kind), what) from error
 
@@ -64,10 +65,9 @@ def program_of(function: Callable[..., Any], static: Mapping[str, Any]) -> str:
 def refused(fault: str, chip: str, what: str = "A step") -> ConfigError:
     """What a refusal means to those who chose the options."""
     first = fault.splitlines()[0]
-    said = fault.lower()
-    lacks = any(sign in said for sign in LACKS)
-    kind = next((kind for kind in ("hbm", "vmem", "smem") if lacks and kind in said), "")
-    if kind == "hbm" or (not kind and EXHAUSTED in fault):
+    lacks = _says(fault, LACKS)
+    kind = next((kind for kind in ("hbm", "vmem", "smem") if lacks and kind in fault.lower()), "")
+    if kind == "hbm" or (not kind and _says(fault, WANTS)):
         return ConfigError(
             f"{what} does not fit into the memory of {chip}. Lower --max-num-batched-tokens, --max-num-seqs or "
             f"--kv-cache-memory, quantize the weights, or take more chips. ({first})"
@@ -86,6 +86,10 @@ def refused(fault: str, chip: str, what: str = "A step") -> ConfigError:
         f"{what} does not compile for {chip}: report it to the authors of dovetail-tpu. Where attention's kernel is at "
         f"fault, --attention tpu-gather does without it. ({first})"
     )
+
+
+def _says(fault: str, signs: Sequence[str]) -> bool:
+    return any(sign in fault.lower() for sign in signs)
 
 
 def _chip(kind: str) -> str:

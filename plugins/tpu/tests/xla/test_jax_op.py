@@ -45,6 +45,15 @@ def test_a_kernel_that_does_not_compile_is_refused_with_a_remedy(bridge):
         bridge.trace(lambda packed_W: bridge.apply(for_chips, packed_W), 3)
 
 
+def test_a_cache_that_does_not_fit_is_refused_with_a_remedy(bridge):
+    """By the host's allocator, which has no petabyte."""
+    with pytest.raises(
+        ConfigError, match=r"The KV cache does not fit into the memory of cpu.*kv-cache-memory.*allocating"
+    ):
+        bridge.allocate((1 << 48,), torch.float32)
+    assert bridge.allocate((2,), torch.float32).tensor.cpu().tolist() == [0, 0]
+
+
 def test_wide_integers_stay_wide(bridge):
     """Keys of the noise that samples have 64 bits."""
     key = torch.tensor([2**62 + 1, -(2**63)])

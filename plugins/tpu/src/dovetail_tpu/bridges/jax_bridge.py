@@ -26,7 +26,7 @@ from dovetail_tpu.bridges.lifting import Lifted, lift, shape_of
 from dovetail_tpu.bridges.protocol import ChipMemory, Kernel, Spec, State, Step
 from dovetail_tpu.bridges.torchax_ops import TracingEnvironment, wrapped
 from dovetail_tpu.bridges.transfers import array_of, jax_dtype, numpy_of, tensor_of
-from dovetail_tpu.faults import compiling, program_of
+from dovetail_tpu.faults import compiling, explained, program_of
 from dovetail_tpu.mesh import tp_mesh
 
 FEW = 64
@@ -91,7 +91,8 @@ class JaxBridge:
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, spec: Spec = ()) -> State:
         """An array of zeros, wrapped."""
-        return State(self._known(self._zeros(shape, dtype, self._sharding(spec))))
+        with explained(self.device_kind, "The KV cache"):
+            return State(self._known(self._zeros(shape, dtype, self._sharding(spec))))
 
     def apply(self, function: Kernel, *tensors: Tensor, states: Sequence[State] = (), **static: Any) -> list[Tensor]:
         """Call it inline while tracing, else compiled: on the mesh if it changes what lies there."""
@@ -184,7 +185,7 @@ class JaxBridge:
         return array_of(host, sharding)
 
     def _zeros(self, shape: Sequence[int], dtype: torch.dtype, sharding: NamedSharding) -> Any:
-        return jnp.zeros(tuple(shape), jax_dtype(dtype), device=sharding)
+        return jnp.zeros(tuple(shape), jax_dtype(dtype), device=sharding).block_until_ready()  # it may fail only then
 
     def _abstract(self, constant: Array) -> Any:
         return constant

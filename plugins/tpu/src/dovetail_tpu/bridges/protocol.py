@@ -92,7 +92,11 @@ class Bridge(Protocol):
         ...
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, spec: Spec = ()) -> State:
-        """A state full of zeros. It is freed with the last reference."""
+        """A state full of zeros. It is freed with the last reference.
+
+        Raises:
+            ConfigError: the memory does not suffice.
+        """
         ...
 
     def apply(self, function: Kernel, *tensors: Tensor, states: Sequence[State] = (), **static: Any) -> list[Tensor]:

@@ -25,6 +25,7 @@ from dovetail_tpu.bridges.corrections import Corrections
 from dovetail_tpu.bridges.host_constants import HostConstants
 from dovetail_tpu.bridges.host_maps import check_room
 from dovetail_tpu.bridges.protocol import ChipMemory, Kernel, Spec, State, Step
+from dovetail_tpu.faults import explained
 
 CACHE = "XLA_PERSISTENT_CACHE_PATH"
 """Where torch_xla remembers its folder."""
@@ -89,8 +90,10 @@ class XlaBridge:
     @torch.no_grad()
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, spec: Spec = ()) -> State:
         """Zeros, made on the chip."""
-        state = State(torch.zeros(*shape, dtype=dtype, device=self._device))
-        torch_xla.sync()
+        with explained(self.device_kind, "The KV cache"):
+            state = State(torch.zeros(*shape, dtype=dtype, device=self._device))
+            torch_xla.sync()
+            xm.wait_device_ops()  # else want of memory would be told where something else is computed
         self._buffers[next(self._numbers)] = state
         return state
 
