@@ -75,6 +75,17 @@ def test_fewest_devices_that_fit_are_found(config, monkeypatch):
     assert looked_at == [1, 2, 4, 8]
 
 
+def test_no_more_than_one_device_is_looked_at_for_torch_xla(fitting, capsys):
+    of_one = ["plan", "--tpu", "v5e-4", "--tpu-bridge", "torch_xla"]
+    why = "The bridge torch_xla runs on one device; --tpu-bridge jax spreads a model over several."
+    assert run(of_one) == 1
+    assert capsys.readouterr().out.endswith(f"\n\n{why}\n\nIt does not fit: no\n")
+    assert run([*of_one, "--json"]) == 1
+    assert [part["devices"] for part in json.loads(capsys.readouterr().out)["meshes"]] == [1]
+    assert run([*of_one, "--tpu-devices", "2"]) == 2
+    assert capsys.readouterr().err == f"error: --tpu-devices is 2. {why}\n"
+
+
 @pytest.mark.parametrize("devices", [0, 9, "many"])
 def test_more_devices_than_there_are(config, devices):
     with pytest.raises(ConfigError, match=f"--tpu-devices is {devices}, and v6e-8 has 8; give a number from 1 to that"):

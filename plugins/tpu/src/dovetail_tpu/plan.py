@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 NEEDS = (*bridges.NEEDS["jax"], "libtpu")
 BUNDLE = "dovetail-tpu[jax,aot]"
 """What brings all of them."""
+ONE_DEVICE = "The bridge torch_xla runs on one device; --tpu-bridge jax spreads a model over several."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,8 +90,17 @@ def plan(config: EngineConfig, target: Slice) -> list[Mesh]:
     return meshes
 
 
+def _is_of_one(config: EngineConfig) -> bool:
+    """Whether no more than one device is of use."""
+    return str(config.platform_options["bridge"]) == "torch_xla"
+
+
 def _counts(config: EngineConfig, target: Slice) -> list[int]:
     asked = str(config.platform_options["devices"])
+    if _is_of_one(config):
+        if asked not in (bridges.AUTO, "1"):
+            raise ConfigError(f"--tpu-devices is {asked}. {ONE_DEVICE}")
+        return [1]
     if asked == bridges.AUTO:
         return [n for n in range(1, target.devices + 1) if target.devices % n == 0]
     if asked.isdecimal() and 1 <= int(asked) <= target.devices:
@@ -161,6 +171,8 @@ def report(config: EngineConfig, target: Slice, meshes: Sequence[Mesh]) -> str:
         step = "-" if mesh.temp is None else size(mesh.temp + (mesh.code or 0))
         cells = (size(mesh.weights), size(mesh.cache), step, size(mesh.total), size(mesh.room))
         lines.append(f"{mesh.devices:>7}  " + "  ".join(f"{cell:>10}" for cell in cells))
+    if _is_of_one(config):
+        lines += ["", ONE_DEVICE]
     last = meshes[-1]
     if not last.fits:
         return "\n".join([*lines, "", f"It does not fit: {last.fault}"])
