@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 
+import jax
 import jax.numpy as jnp
 import pytest
 import torch
@@ -10,6 +11,7 @@ from jax import lax
 from dovetail.errors import ConfigError
 from dovetail_tpu import bridges
 from dovetail_tpu.bridges import host_maps, jax_bridge
+from dovetail_tpu.bridges.jax_bridge import JaxBridge
 
 
 def compile_one():
@@ -32,15 +34,30 @@ def test_where_maps_are_not_counted_there_is_room(monkeypatch, tmp_path):
 
 def test_programs_that_are_let_go_of_leave_no_maps(monkeypatch):
     """Of calls outside of steps, few are kept."""
-    few = lru_cache(maxsize=4)(jax_bridge._compiled.__wrapped__)
-    monkeypatch.setattr(jax_bridge, "_compiled", few)
-    bridge, counts = bridges.open_bridge("jax"), []
+    monkeypatch.setattr(jax_bridge, "_few", lru_cache(4)(jax_bridge._compiled))
+    bridge, counts = JaxBridge(jax.devices()[:1]), []
     for size in range(5, 25):
         bridge.apply(kernels, torch.ones(size))
         counts.append(len(host_maps.MAPS.read_text().splitlines()))
     of_each = 3  # of a kernel, at least
     assert counts[3] > counts[0] + 3 * of_each
     assert counts[-1] < counts[3] + len(counts[3:]) * of_each
+
+
+@pytest.mark.parametrize(("is_host", "again"), [(True, 20), (False, 0)])
+def test_on_a_chip_eager_steps_find_theirs_again(monkeypatch, is_host, again):
+    monkeypatch.setattr(jax_bridge, "_few", lru_cache(4)(jax_bridge._compiled))
+    monkeypatch.setattr(JaxBridge, "_is_host", is_host)
+    bridge, met = JaxBridge(jax.devices()[:1]), []
+
+    def add_one(x_N):
+        met.append(x_N.shape)
+        return (x_N + 1,)
+
+    for compiled in (20, 20 + again):
+        for size in range(20):
+            bridge.apply(add_one, torch.ones(size))
+        assert len(met) == compiled
 
 
 def kernels(x_N):

@@ -29,8 +29,10 @@ from dovetail_tpu.bridges.transfers import array_of, jax_dtype, numpy_of, tensor
 from dovetail_tpu.faults import compiling, explained, program_of
 from dovetail_tpu.mesh import tp_mesh
 
-FEW = 64
-"""Programs of calls outside of steps that are kept: :mod:`~dovetail_tpu.bridges.host_maps` says why not all."""
+FEW, MANY = 64, 4096
+"""Programs of calls outside of steps that a process keeps: few where they execute on the host, for the reason that
+:mod:`~dovetail_tpu.bridges.host_maps` gives; on a chip many, because eager steps need dozens for each size of theirs.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class JaxBridge:
         self._count = 0
         self._is_tracing = False
         self._first = devices[0]
+        self._compiled = _few if self._is_host else _many
         self.device_kind = self._first.device_kind
         self.num_devices = len(devices)
         client = self._first.client.platform_version.splitlines()
@@ -126,11 +129,11 @@ class JaxBridge:
         Raises:
             ConfigError: there is no room for it on the host.
         """
-        if self._first.platform == "cpu":
+        if self._is_host:
             check_room()
         compiled = self.lowered(traced).compile()
         memory = compiled.memory_analysis()
-        temp = None if self._first.platform == "cpu" else memory.temp_size_in_bytes
+        temp = None if self._is_host else memory.temp_size_in_bytes
         return JaxExecutable(compiled, traced, temp, memory.alias_size_in_bytes)
 
     def lowered(self, traced: Lifted) -> Any:
@@ -173,11 +176,16 @@ class JaxBridge:
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
         compilation_cache.reset_cache()  # it may have been opened elsewhere
 
+    @property
+    def _is_host(self) -> bool:
+        """Whether programs execute there."""
+        return bool(self._first.platform == "cpu")
+
     def _run(
         self, function: Kernel, inputs: Sequence[Array], states: Sequence[State], static: dict[str, Any]
     ) -> Sequence[Array]:
         shapes = (*map(shape_of, inputs),)
-        compiled = _compiled(function, len(states), (*static.items(),), shapes, self.device_kind)
+        compiled = self._compiled(function, len(states), (*static.items(),), shapes, self.device_kind)
         outputs: Sequence[Array] = compiled(*inputs)
         return outputs
 
@@ -212,7 +220,6 @@ class JaxBridge:
         return tensor
 
 
-@functools.lru_cache(maxsize=FEW)
 def _compiled(
     function: Kernel,
     num_states: int,
@@ -224,3 +231,6 @@ def _compiled(
     traced = jax.jit(functools.partial(function, **named), donate_argnums=tuple(range(num_states))).trace(*shapes)
     with compiling(device_kind, program_of(function, named)):
         return traced.lower().compile()
+
+
+_few, _many = (functools.lru_cache(most)(_compiled) for most in (FEW, MANY))
