@@ -9,6 +9,8 @@ import msgspec
 from dovetail.errors import RequestError
 
 MAX_LOGPROBS = 20
+MAX_STOPS = 128
+"""Stop strings of one request. Each is looked for in every piece of text, while other requests wait."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -25,7 +27,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         presence_penalty, frequency_penalty: subtracted for tokens already generated, in [-2, 2].
         repetition_penalty: divides (positive) or multiplies (negative) logits of tokens in prompt or output, > 0.
         seed: same seed, same tokens, alone or in a batch, on any day; None draws one.
-        stop: strings that end generation; matched across token boundaries.
+        stop: strings that end generation, at most 128; matched across token boundaries.
         stop_token_ids: token ids that end generation.
         include_stop_str_in_output: keep the stop string in the text.
         ignore_eos: the model's end-of-sequence tokens do not stop.
@@ -89,6 +91,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             value = getattr(self, name)
             if value is not None:
                 _check_range(name, value, 0, MAX_LOGPROBS)
+        if len(self.stop) > MAX_STOPS:
+            message = f"stop has {len(self.stop)} strings; at most {MAX_STOPS} are looked for, so send fewer."
+            raise RequestError(message, param="stop")
         if "" in self.stop:
             raise RequestError("stop must not contain an empty string; remove it.", param="stop")
         for token, bias in (self.logit_bias or {}).items():

@@ -104,6 +104,35 @@ def test_completions_refuse_with_the_field(server, body, param, stream):
 
 
 @pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ({"max_tokens": "5"}, 'max_tokens is "5"; it must be a valid integer.'),
+        ({"max_tokens": True}, "max_tokens is true; it must be a valid integer."),
+        ({"max_tokens": 2**63}, "max_tokens is 9223372036854775808; it must be less than 9223372036854775808."),
+        ({"n": "y" * 10**4}, f'n is "{"y" * 39}…; it must be a valid integer.'),
+        ({"stop": 5}, "stop is 5; it must be a valid string or a valid array."),
+        ({"stop": ["a", 5]}, "stop[1] is 5; it must be a valid string."),
+        ({"stop": ["a"] * 129}, "stop has 129 strings; at most 128 are looked for, so send fewer."),
+        ({"logit_bias": [1]}, "logit_bias is a list; it must be an object."),
+        ({"logit_bias": {"5": {}}}, "logit_bias.5 is an object; it must be a valid number."),
+        ({"prompt": 5}, "prompt is 5; send a text"),
+        ({"prompt": {}}, "prompt is an object; send a text"),
+        ({"prompt": ["a", 5]}, "prompt[1] is 5; send a text"),
+        ({"prompt": [0.5]}, "prompt[0] is 0.5; send a text"),
+        ({"prompt": [[1], "a"]}, 'prompt[1] is "a"; send a text'),
+        ({"prompt": [[1], ["a"]]}, "prompt is a list of lists that hold more than token ids; send a text"),
+    ],
+)
+def test_refusals_name_the_value(server, field, said):
+    error = error_of(server.post(COMPLETIONS, **{"prompt": "a", **field}), 400)
+    assert error["message"].startswith(said)
+
+
+def test_as_many_stop_strings_as_are_looked_for_are_accepted(server):
+    assert server.complete("a", max_tokens=1, stop=["never"] * 128)["choices"][0]["text"] == "b"
+
+
+@pytest.mark.parametrize(
     ("body", "param"),
     [
         ({}, "messages"),

@@ -6,6 +6,7 @@ change the result and are not supported are refused; all others that are unknown
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self, TypeVar
@@ -71,7 +72,7 @@ class RequestBody(BaseModel):
         try:
             body = cls.model_validate_json(data)
         except ValidationError as error:
-            raise _request_error(error.errors(include_url=False, include_input=False)) from None
+            raise _request_error(error.errors(include_url=False)) from None
         body.refuse_unsupported()
         return body
 
@@ -205,9 +206,9 @@ class CompletionBody(GenerationBody):
                 return [prompt]
             if all(isinstance(item, list) and _is_token_ids(item) for item in prompt):
                 return list(prompt)
-        what = "is missing" if prompt is None else "is an empty list" if prompt == [] else "is of another form"
+        what = "prompt is missing" if prompt is None else _wrong(prompt)
         raise RequestError(
-            f"prompt {what}; send a text, a list of texts, a list of token ids, or a list of such lists.",
+            f"{what}; send a text, a list of texts, a list of token ids, or a list of such lists.",
             param="prompt",
         )
 
@@ -287,6 +288,16 @@ def _check_response_format(value: Any) -> None:
         )
 
 
+def _wrong(prompt: Any) -> str:
+    """What is wrong with what is no prompt: in a list, the first item unlike the others or unlike any prompt."""
+    if not isinstance(prompt, list) or not prompt:
+        return "prompt is an empty list" if prompt == [] else f"prompt is {_shown(prompt)}"
+    for i, item in enumerate(prompt):
+        if type(item) is not type(prompt[0]) or not (type(item) in (str, int) or isinstance(item, list)):
+            return f"prompt[{i}] is {_shown(item)}"
+    return "prompt is a list of lists that hold more than token ids"
+
+
 def _is_token_ids(values: Sequence[Any]) -> bool:
     return all(type(value) is int for value in values)
 
@@ -318,11 +329,20 @@ def _request_error(errors: Sequence[ErrorDetails]) -> RequestError:
     if error["type"] == "json_invalid":
         return RequestError(f"The body is not valid JSON: {error['ctx']['error']}.", code="invalid_json")
     path = _path(error["loc"])
-    if not path:
-        return RequestError(f"The body must be a JSON object. {error['msg']}.")
     if error["type"] == "missing":
         return RequestError(f"{path} is missing.", param=path)
-    return RequestError(f"{path} is not acceptable: {error['msg']}.", param=path)
+    as_far = (other for other in same_field if len(other["loc"]) == len(error["loc"]))
+    kinds = [other["msg"].removeprefix("Input should be ") for other in as_far]
+    message = f"{path or 'The body'} is {_shown(error['input'])}; it must be {' or '.join(dict.fromkeys(kinds))}."
+    return RequestError(message, param=path or None)
+
+
+def _shown(value: Any) -> str:
+    """A value as the client wrote it, or what kind it is of, if it may be long."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _path(location: Sequence[int | str]) -> str:
@@ -337,3 +357,5 @@ def _path(location: Sequence[int | str]) -> str:
 
 
 _UNION_MEMBERS = frozenset({"str", "int", "float", "bool"})
+_SHOWN = 40
+"""Characters of a wrong value that a message repeats."""
