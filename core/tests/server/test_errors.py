@@ -7,6 +7,10 @@ import socket
 
 import pytest
 
+from dovetail.errors import RequestError
+from dovetail.server import protocol
+from dovetail.server.protocol import ChatBody, CompletionBody, DetokenizeBody
+
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = [{"role": "user", "content": "hi"}]
 
@@ -126,6 +130,28 @@ def test_completions_refuse_with_the_field(server, body, param, stream):
 def test_refusals_name_the_value(server, field, said):
     error = error_of(server.post(COMPLETIONS, **{"prompt": "a", **field}), 400)
     assert error["message"].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (CompletionBody, "stop"),
+        (CompletionBody, "stop_token_ids"),
+        (CompletionBody, "allowed_token_ids"),
+        (ChatBody, "messages"),
+        (ChatBody, "tools"),
+        (ChatBody, "documents"),
+        (DetokenizeBody, "tokens"),
+    ],
+)
+def test_one_wrong_item_is_described_of_however_many(body, field):
+    """Each takes microseconds, during which nobody else is served."""
+    described = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "_request_error", lambda errors: described.extend(errors) or RequestError("wrong"))
+        with pytest.raises(RequestError):
+            body.from_json(json.dumps({"messages": [], field: [None] * 1000}).encode())
+    assert 0 < len(described) <= 2
 
 
 def test_as_many_stop_strings_as_are_looked_for_are_accepted(server):

@@ -18,6 +18,10 @@ from dovetail.errors import RequestError
 from dovetail.sampling_params import SamplingParams
 
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+# One wrong item is enough: to describe millions of them would hold up the server for seconds.
+Integers = Annotated[list[Int64], Field(fail_fast=True)]
+Strings = Annotated[list[str], Field(fail_fast=True)]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 Body = TypeVar("Body", bound="RequestBody")
 
 _logger = logging.getLogger("dovetail.server")
@@ -116,12 +120,12 @@ class GenerationBody(RequestBody):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[Int64] | None = None
+    stop: str | Strings | None = None
+    stop_token_ids: Integers | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[Int64] | None = None
+    allowed_token_ids: Integers | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     stream: bool | None = None
@@ -216,9 +220,9 @@ class CompletionBody(GenerationBody):
 class ChatTemplateFields(BaseModel):
     """How messages become a prompt."""
 
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
-    documents: list[dict[str, Any]] | None = None
+    messages: Objects
+    tools: Objects | None = None
+    documents: Objects | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -274,7 +278,7 @@ class TokenizeChatBody(ChatTemplateFields, RequestBody):
 class DetokenizeBody(RequestBody):
     """``POST /detokenize``."""
 
-    tokens: list[Int64]
+    tokens: Integers
 
 
 def _check_response_format(value: Any) -> None:
