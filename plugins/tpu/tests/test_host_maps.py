@@ -1,6 +1,8 @@
 """Where a process could take no more programs, it is told so."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from time import sleep
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,29 @@ def test_a_process_without_room_is_told_what_to_change(monkeypatch, tmp_path):
     host_maps.MOST.write_text("300")
     with pytest.raises(ConfigError, match=r"may have 300\. Choose --attention tpu-gather"):
         compile_one()
+
+
+def test_threads_that_compile_do_not_take_what_is_left_together(monkeypatch, tmp_path):
+    """Each program takes 30 maps of 100; from 75 on, none is begun."""
+    monkeypatch.setattr(host_maps, "MAPS", tmp_path / "maps")
+    monkeypatch.setattr(host_maps, "MOST", tmp_path / "max_map_count")
+    host_maps.MAPS.touch()
+    host_maps.MOST.write_text("100")
+    lower = JaxBridge.lowered
+
+    def lowered(bridge, traced):
+        sleep(0.02)
+        with host_maps.MAPS.open("a") as maps:
+            maps.write("a map\n" * 30)
+        return lower(bridge, traced)
+
+    monkeypatch.setattr(JaxBridge, "lowered", lowered)
+    bridge = bridges.open_bridge("jax")
+    traced = bridge.trace(lambda packed_W: [packed_W + 1], 3)
+    with ThreadPoolExecutor(4) as threads:
+        begun = [threads.submit(bridge.compile, traced) for _ in range(4)]
+    (fault,) = filter(None, [future.exception() for future in begun])
+    assert "have taken 90 memory maps of this process, which may have 100" in str(fault)
 
 
 def test_where_maps_are_not_counted_there_is_room(monkeypatch, tmp_path):

@@ -4,7 +4,10 @@ Linux lets a process have so many, and dies when it gets no more: an interpreted
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 from dovetail.errors import ConfigError
 
@@ -12,14 +15,23 @@ MAPS = Path("/proc/self/maps")
 MOST = Path("/proc/sys/vm/max_map_count")
 SHARE = 0.75
 """Of what a process may have, from which on nothing more is compiled: one program takes some thousands."""
+_one = Lock()
 
 
-def check_room() -> None:
-    """Call it before compiling.
+@contextmanager
+def room() -> Iterator[None]:
+    """Compile inside. Threads do it one after the other, so that each sees what all before it have taken; the compiler
+    has threads of its own.
 
     Raises:
         ConfigError: there may be too few maps left.
     """
+    with _one:
+        _check()
+        yield
+
+
+def _check() -> None:
     if not MAPS.exists() or not MOST.exists():
         return
     with MAPS.open("rb") as file:

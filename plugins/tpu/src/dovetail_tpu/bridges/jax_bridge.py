@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dovetail.errors import ConfigError
-from dovetail_tpu.bridges.host_maps import check_room
+from dovetail_tpu.bridges.host_maps import room
 from dovetail_tpu.bridges.lifting import Lifted, lift, shape_of
 from dovetail_tpu.bridges.protocol import ChipMemory, Kernel, Spec, State, Step
 from dovetail_tpu.bridges.torchax_ops import TracingEnvironment, wrapped
@@ -129,9 +129,8 @@ class JaxBridge:
         Raises:
             ConfigError: there is no room for it on the host.
         """
-        if self._is_host:
-            check_room()
-        compiled = self.lowered(traced).compile()
+        with room() if self._is_host else nullcontext():
+            compiled = self.lowered(traced).compile()
         memory = compiled.memory_analysis()
         temp = None if self._is_host else memory.temp_size_in_bytes
         return JaxExecutable(compiled, traced, temp, memory.alias_size_in_bytes)

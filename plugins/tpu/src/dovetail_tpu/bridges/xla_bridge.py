@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from dovetail_tpu.bridges import jax_op
 from dovetail_tpu.bridges.capture import XLAC, Buffer, CapturedProgram, Started, capture
 from dovetail_tpu.bridges.corrections import Corrections
 from dovetail_tpu.bridges.host_constants import HostConstants
-from dovetail_tpu.bridges.host_maps import check_room
+from dovetail_tpu.bridges.host_maps import room
 from dovetail_tpu.bridges.protocol import ChipMemory, Kernel, Spec, State, Step
 from dovetail_tpu.faults import explained
 
@@ -119,8 +120,6 @@ class XlaBridge:
         Raises:
             ConfigError: there is no room for it on the host, or it does not compile.
         """
-        if self.device_kind == "cpu":
-            check_room()
 
         def body(packed_W: Tensor) -> Sequence[Tensor]:
             with HostConstants(self._device), Corrections(self._device, self.device_kind):
@@ -128,7 +127,8 @@ class XlaBridge:
 
         self._is_tracing = True
         try:
-            return capture(body, words, list(self._buffers.values()), self.device_kind)
+            with room() if self.device_kind == "cpu" else nullcontext():
+                return capture(body, words, list(self._buffers.values()), self.device_kind)
         finally:
             self._is_tracing = False
 
