@@ -30,6 +30,7 @@ class ExpertsLinear(Block):
         outputs: output features of each part of one expert, in order, e.g. ``{"gate": f, "up": f}``.
 
     Attributes:
+        quant: the number format.
         stacked: once loaded, what the platform's operation for all experts reads; None unless the weights are plain.
     """
 
@@ -45,14 +46,14 @@ class ExpertsLinear(Block):
         super().__init__(context.device, quant.tensors(in_features, sum(shards.values()), context.dtype), shards)
         self.stacked: PackedExperts = None
         self._num_experts = num_experts
-        self._quant = quant
+        self.quant = quant
         self._ops = context.ops
         self._dtype = context.dtype
         self._packed: PackedLinear = None
 
     def accept(self, tensors: Mapping[str, Tensor]) -> None:
         """Pack the weights: plain ones for the platform's operation, others in their format's way."""
-        if is_plain(self._quant):
+        if is_plain(self.quant):
             weight_OI = tensors["weight"]
             self.stacked = self._ops.experts_pack(weight_OI.view(self._num_experts, -1, weight_OI.shape[1]))
             return
@@ -60,7 +61,7 @@ class ExpertsLinear(Block):
             {suffix: self._part(expert, suffix, tensor) for suffix, tensor in tensors.items()}
             for expert in range(self._num_experts)
         )
-        self._packed = self._quant.prepare_experts(experts, self._ops, self._dtype)
+        self._packed = self.quant.prepare_experts(experts, self._ops, self._dtype)
 
     def _part(self, expert: int, suffix: str, tensor: Tensor) -> Tensor:
         """One expert's part of a tensor that all experts' outputs lie in side by side."""
@@ -72,7 +73,7 @@ class ExpertsLinear(Block):
 
     def products(self, x_NI: Tensor, starts_E1: Tensor) -> Tensor:
         """``[N, O]`` of rows sorted by expert, unless the weights are plain; see ``QuantMethod.apply_experts``."""
-        return self._quant.apply_experts(x_NI, self._packed, starts_E1, self._ops)
+        return self.quant.apply_experts(x_NI, self._packed, starts_E1, self._ops)
 
 
 class Experts(nn.Module):

@@ -53,6 +53,7 @@ class Linear(Block):
         quant: the number format, if not the context's.
 
     Attributes:
+        quant: the number format of this layer.
         reads: in which format it takes rows that are quantized already; None takes wide ones alone.
     """
 
@@ -73,7 +74,7 @@ class Linear(Block):
         if bias:
             specs["bias"] = TensorSpec(shape=(out_features,), dtype=context.dtype)
         super().__init__(context.device, specs, outputs)
-        self._quant = self_quant
+        self.quant = self_quant
         self._apply_quant = self_quant.apply
         product = self_quant.row_product()
         self.reads: RowFormat | None = None if product is None else product.format
@@ -88,7 +89,7 @@ class Linear(Block):
         """Pack the weights; the caller frees the loaded form."""
         weights = {suffix: tensor for suffix, tensor in tensors.items() if suffix != "bias"}
         self._bias_O = tensors.get("bias")
-        self._packed = self._quant.prepare(weights, self._ops, self._dtype)
+        self._packed = self.quant.prepare(weights, self._ops, self._dtype)
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """``[T, I]`` to ``[T, O]``."""

@@ -15,8 +15,9 @@ from dovetail.contracts.executor import KVGroup, Progress
 from dovetail.contracts.model import Model, ModelContext, ModelFacts
 from dovetail.contracts.ops import OpTable
 from dovetail.contracts.platform import Platform, ShapePolicy
+from dovetail.contracts.quant import QuantMethod
 from dovetail.errors import ConfigError, ModelLoadError
-from dovetail.runner import kv_memory, self_check
+from dovetail.runner import kv_memory, quant_check, self_check
 from dovetail.runner.dummy_weights import fill_with_noise
 from dovetail.runner.forward import ForwardPass
 from dovetail.runner.load import load_selection
@@ -38,17 +39,25 @@ def _naming_readers(config: EngineConfig) -> Iterator[None]:
 
 
 def unfilled(config: EngineConfig, ops: OpTable, device: torch.device) -> Model:
-    """The model that a configuration names, before its blocks have tensors."""
+    """The model that a configuration names, before its blocks have tensors.
+
+    Raises:
+        PluginLoadError: its number format does not do what it claims; see :mod:`dovetail.runner.quant_check`.
+    """
     model_class: type[Model] = load_selection(config.model)
-    quant_class = load_selection(config.quant)
+    quant: QuantMethod = load_selection(config.quant)(config.hf_config.get("quantization_config"))
     context = ModelContext(
         ops=ops,
         dtype=getattr(torch, config.dtype),
         device=device,
-        quant=quant_class(config.hf_config.get("quantization_config")),
+        quant=quant,
         max_model_len=config.max_model_len,
     )
-    return model_class(config.hf_config, context)
+    model = model_class(config.hf_config, context)
+    quant_check.check_use(config.quant, quant, model)
+    if "quantization_config" not in config.hf_config:
+        quant_check.check_product(config.quant, quant, context.dtype)
+    return model
 
 
 def _fill(config: EngineConfig, model: Model, platform: Platform, progress: Progress) -> None:

@@ -49,7 +49,7 @@ def checked_ops(part: Selection, platform: Platform, dtype: torch.dtype) -> OpTa
     ops = OpTable.resolve(overrides, owner=f"platform {part.name!r} of {part.owner}")
     claimed = part.claims
     if claimed and platform.device.type != claimed["device_type"]:
-        raise _lie(part, "--platform", f"claims device type {claimed['device_type']!r}, and runs on {platform.device}")
+        raise lie(part, "--platform", f"claims device type {claimed['device_type']!r}, and runs on {platform.device}")
     if claimed:
         _check_claimed_ops(part, platform, set(overrides), set(claimed["ops"]))
     trials = [_Trial(name, overrides, platform.device, dtype) for name in sorted(set(overrides) & set(_EXAMPLES))]
@@ -57,20 +57,20 @@ def checked_ops(part: Selection, platform: Platform, dtype: torch.dtype) -> OpTa
     for trial in trials:
         problem = trial.problem()
         if problem:
-            raise _lie(part, "--platform", f"claims operation {trial.name!r} for {_name(dtype)}, but {problem}")
+            raise lie(part, "--platform", f"claims operation {trial.name!r} for {_name(dtype)}, but {problem}")
     return ops
 
 
 def _check_claimed_ops(part: Selection, platform: Platform, given: set[str], claimed: set[str]) -> None:
     undeclared = given - claimed
     if undeclared:
-        raise _lie(part, "--platform", f"overrides {', '.join(sorted(undeclared))}, which its manifest does not claim")
+        raise lie(part, "--platform", f"overrides {', '.join(sorted(undeclared))}, which its manifest does not claim")
     ever = set(given)
     if claimed - given:
         ever.update(*(platform.ops(getattr(torch, name)) for name in part.claims["dtypes"]))
     missing = ", ".join(sorted(claimed - ever))
     if missing and ever:
-        raise _lie(part, "--platform", f"claims {missing}, and overrides them for none of its dtypes")
+        raise lie(part, "--platform", f"claims {missing}, and overrides them for none of its dtypes")
     if missing:
         _logger.warning("%s overrides no operation on this machine; %s run on the reference.", part.owner, missing)
 
@@ -121,7 +121,7 @@ def check_attention(
     for run in runs:
         problem, spec = run.problem(), run.spec
         if problem:
-            raise _lie(part, "--attention", f"claims {_capabilities(spec, batch.kv_dtype)}, but {problem}")
+            raise lie(part, "--attention", f"claims {_capabilities(spec, batch.kv_dtype)}, but {problem}")
 
 
 def _felt(spec: AttentionSpec) -> AttentionSpec:
@@ -207,7 +207,7 @@ def _check_pages(part: Selection, backend: AttentionBackend, spec: AttentionSpec
     few, many = (_tensor_bytes(backend.allocate(spec, count)) for count in (NUM_BLOCKS, 2 * NUM_BLOCKS))
     real, claimed = (many - few) / NUM_BLOCKS, backend.page_bytes(spec)
     if few and abs(real - claimed) > PAGE_TOLERANCE * claimed:
-        raise _lie(part, "--attention", f"claims {claimed} bytes per page, and allocates {real:.0f}")
+        raise lie(part, "--attention", f"claims {claimed} bytes per page, and allocates {real:.0f}")
 
 
 def _tensor_bytes(cache: Any) -> int:
@@ -247,7 +247,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _lie(part: Selection, option: str, what: str) -> PluginLoadError:
+def lie(part: Selection, option: str, what: str) -> PluginLoadError:
+    """That a part does not do what it claims, in words.
+
+    Args:
+        option: by which another part is chosen.
+        what: a verb and what follows it.
+    """
     return PluginLoadError(
         f"The self-check of {part.name!r} of {part.owner} failed: it {what}. Choose another {option}, and report this "
         f"to the authors of {part.distribution}."
