@@ -145,6 +145,41 @@ class TransposedWeight(InTorch):
         return super().tensors(out_features, in_features, dtype)
 
 
+class InGroups(Rows):
+    """Sound: it takes what its groups divide, and says so of the rest."""
+
+    def tensors(self, in_features, out_features, dtype):
+        if in_features % 32 or out_features % 8:
+            raise ConfigError(f"A layer of {in_features} by {out_features} is not in blocks of 32 and 8.")
+        return super().tensors(in_features, out_features, dtype)
+
+
+class RefusesWithoutNumbers(InTorch):
+    """quant.4"""
+
+    def tensors(self, in_features, out_features, dtype):
+        if in_features % 32:
+            raise ConfigError("A layer is not in blocks.")
+        return super().tensors(in_features, out_features, dtype)
+
+
+class RefusesOrdinaryLayers(InTorch):
+    """quant.4"""
+
+    def tensors(self, in_features, out_features, dtype):
+        if in_features % 128:
+            raise ConfigError(f"A layer of {in_features} inputs is not in blocks of 128.")
+        return super().tensors(in_features, out_features, dtype)
+
+
+class BreaksOnOddLayers(InTorch):
+    """quant.4"""
+
+    def tensors(self, in_features, out_features, dtype):
+        assert in_features % 32 == 0
+        return super().tensors(in_features, out_features, dtype)
+
+
 class ScalesOfNeighbours(InTorch):
     """quant.5"""
 
@@ -365,7 +400,7 @@ class TestPlain(QuantSuite):
     error = 1e-6
 
 
-@pytest.mark.parametrize("method", [Rows, InTorch], ids=lambda method: method.__name__)
+@pytest.mark.parametrize("method", [Rows, InTorch, InGroups], ids=lambda method: method.__name__)
 def test_a_sound_method_passes(method: type) -> None:
     results = run({"TestSubject": suite(method)})
     assert {r.test: r.reason for r in results if r.outcome != "passed"} == {

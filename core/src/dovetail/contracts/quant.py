@@ -105,6 +105,8 @@ class QuantMethod(ABC):
     def tensors(self, in_features: int, out_features: int, dtype: torch.dtype) -> Mapping[str, TensorSpec]:
         """What a layer expects from the checkpoint, by the suffix of the tensor's name (``weight``, ``scale``, …).
 
+        A size that the format cannot hold is refused by name; multiples of 32 never are.
+
         Phase: load. Order: 3. Times: per linear layer. May raise: ConfigError.
         """
         ...

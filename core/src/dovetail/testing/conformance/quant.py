@@ -116,8 +116,12 @@ class QuantSuite(Suite):
 
     @pytest.mark.parametrize("size", SIZES, ids=str)
     def test_tensors(self, size: tuple[int, int], section: Section) -> None:
-        """quant.4: tensors describes a layer of any size: positive shapes, and output dimensions that grow with it."""
+        """quant.4: tensors describes a layer of any size by positive shapes and output dimensions that grow with it, or
+        refuses one that is odd with a ConfigError that names its inputs or outputs.
+        """
         in_features, out_features = size
+        if not self._takes(section, size):
+            return
         specs = self._method(section).tensors(in_features, out_features, torch.float32)
         self.check(bool(specs), f"a layer of {size} has no tensors.")
         self.check("bias" not in specs, "'bias' is the layer's own.")
@@ -132,9 +136,11 @@ class QuantSuite(Suite):
 
     @pytest.mark.parametrize("size", SIZES, ids=str)
     def test_product(self, size: tuple[int, int], dtype: torch.dtype, section: Section, tmp_path: Path) -> None:
-        """quant.5: a layer of any size, loaded from a checkpoint, gives the exact product up to the format's error, in
-        the dtype of the input.
+        """quant.5: a layer of any size that is not refused, loaded from a checkpoint, gives the exact product up to the
+        format's error, in the dtype of the input.
         """
+        if not self._takes(section, size):
+            return
         in_features, out_features = size
         weight = _normal(out_features, in_features)
         layer = self._layer(tmp_path, section, [weight], dtype)
@@ -148,6 +154,8 @@ class QuantSuite(Suite):
     @pytest.mark.parametrize("outputs", [(64, 32, 32), (40, 24, 7), (128, 128, 256)], ids=str)
     def test_merged_layers(self, outputs: tuple[int, ...], section: Section, tmp_path: Path) -> None:
         """quant.6: parts that are loaded into one merged layer give, side by side, what each gives on its own."""
+        if not self._takes(section, (64, sum(outputs))):
+            return
         weights = [_normal(size, 64, seed=i, scale=2.0**i) for i, size in enumerate(outputs)]
         x = _normal(64, 64, seed=9)
         merged = torch.split(self._layer(tmp_path, section, weights)(x), list(outputs), dim=1)
@@ -315,6 +323,19 @@ class QuantSuite(Suite):
             self.lacks("on_load (and the test class sets no sections)")
         method: QuantMethod = self.tested.cls(None if section is None else copy.deepcopy(dict(section)))
         return method
+
+    def _takes(self, section: Section, size: tuple[int, int]) -> bool:
+        """Whether a layer of that size is taken; if not, hold the refusal to what it must say."""
+        __tracebackhide__ = True
+        try:
+            self._method(section).tensors(*size, torch.float32)
+        except ConfigError as error:
+            odd = any(features % 32 for features in size)
+            self.check(odd, f"a layer of {size}, both multiples of 32, is refused: {error}")
+            named = any(str(features) in str(error) for features in size)
+            self.check(named, f"the refusal of a layer of {size} names neither number: {error}")
+            return False
+        return True
 
     def _context(
         self, method: QuantMethod, dtype: torch.dtype = torch.float32, ops: OpTable | None = None
