@@ -39,6 +39,9 @@ LOCAL = "dovetail.engine.local:build_engine"
 _STOPPED = "The engine was stopped."
 _STOP_SECONDS = 5.0
 _LAST_WORDS_SECONDS = 0.3
+_OUT_OF_MEMORY = (
+    " Unless somebody sent that, the system did, for lack of memory: give it more, or lower --kv-cache-memory."
+)
 _RECONNECT_MS = 10
 
 Observer = Callable[[Outputs], None]
@@ -266,7 +269,7 @@ class EngineClient:
         await asyncio.sleep(_LAST_WORDS_SECONDS)  # what it sent before it ended may still be on its way
         if not self._stopping:
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-            cause = f"The engine process ended {how}."
+            cause = f"The engine process ended {how}.{_OUT_OF_MEMORY if code == -signal.SIGKILL else ''}"
             self._die(cause, cause)
 
     def _die(self, cause: str, summary: str) -> None:

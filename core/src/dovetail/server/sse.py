@@ -91,8 +91,10 @@ class EventStream(Response):
         except OSError:
             raise
         except Exception as error:
-            expected = isinstance(error, DovetailError | ApiError)
-            _logger.error("A stream ended early: %s", type(error).__name__, exc_info=None if expected else error)
+            if isinstance(error, DovetailError | ApiError):
+                _logger.warning("A stream ended early: %s", error)
+            else:
+                _logger.error("A stream ended early: %s", type(error).__name__, exc_info=error)
             await _send_part(send, event(ErrorBody(describe(error)[1])))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
