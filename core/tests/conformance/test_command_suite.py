@@ -69,6 +69,12 @@ def fails_without_a_word():
     raise SystemExit(2)
 
 
+@click.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def goes_on():
+    """Measure something."""
+    raise OSError("no rods")
+
+
 BROKEN = {
     "a string": ("measure", "command.1"),
     "no help": (silent, "command.2"),
@@ -77,6 +83,7 @@ BROKEN = {
     "help fails": (Loud("measure", help="Measure something."), "command.3"),
     "help is empty": (Shy("measure", help="Measure something."), "command.3"),
     "takes anything": (takes_anything, "command.4"),
+    "goes on": (goes_on, "command.4"),
     "refuses without a word": (fails_without_a_word, "command.4"),
 }
 
@@ -90,6 +97,17 @@ def test_a_sound_command_passes(failing, command):
 def test_a_broken_command_is_caught(failing, name):
     command, scenario = BROKEN[name]
     assert scenario in failing(CommandSuite, unregistered(command, MANIFEST), scenario)
+
+
+@pytest.mark.parametrize("scenario", ["command.1", "command.2", "command.3", "command.4"])
+def test_what_is_no_command_is_said_by_every_scenario(failing, scenario):
+    (reason,) = failing(CommandSuite, unregistered(5, MANIFEST), scenario).values()
+    assert f"{scenario}: 5 is a int, not a click.Command." in reason
+
+
+def test_what_it_raises_is_said(failing):
+    (reason,) = failing(CommandSuite, unregistered(goes_on, MANIFEST), "command.4").values()
+    assert "exit code of `measure --no-such-option-anywhere`: expected 2, got OSError('no rods')." in reason
 
 
 def test_commands_of_the_core_conform():
