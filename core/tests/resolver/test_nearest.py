@@ -386,9 +386,31 @@ def test_changes_are_what_differs_and_each_has_its_reasons(improvable):
         assert set(changes[0].why) <= set(drawn.explanation.reasons)
 
 
+def test_beyond_the_bounds_the_defaults_are_taken_with_what_works_beside_them(improvable, monkeypatch):
+    monkeypatch.setattr(search, "MAX_TRIED", 0)
+    kept = changed = 0
+    for drawn in improvable:
+        explanation = explain(drawn.options, drawn.world.registries)
+        defaults = EngineOptions(model=drawn.options.model)
+        assert (explanation.nearest is not None) == accepts(drawn.world, defaults), drawn.seed
+        if explanation.nearest is None:
+            continue
+        suggested = dataclasses.replace(drawn, explanation=explanation).suggested
+        assert accepts(drawn.world, suggested), drawn.seed
+        before, after = dataclasses.asdict(drawn.options), dataclasses.asdict(suggested)
+        changes = {change.option: change for change in explanation.nearest.changes}
+        assert {flag(name) for name in before if before[name] != after[name]} == set(changes)
+        assert all(change.why for change in changes.values())
+        changed += len(changes)
+        kept += sum(before[name] == after[name] != value for name, value in dataclasses.asdict(defaults).items())
+    assert kept > 20
+    assert changed > 20
+
+
 def test_the_search_ends_at_its_bounds(improvable, monkeypatch):
     drawn = next(drawn for drawn in improvable if drawn.explanation.tried > 3)
     monkeypatch.setattr(search, "MAX_TRIED", 3)
+    monkeypatch.setattr(search.Search, "_from_defaults", lambda self: None)
     with pytest.raises(ResolutionError) as caught:
         resolve(drawn.options, drawn.world.registries)
     assert caught.value.nearest == "Nearest that works: none found (3 others tried)."

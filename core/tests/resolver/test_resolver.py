@@ -263,7 +263,7 @@ def test_named_platform_must_be_available(make, registries):
     put(registries.platforms, dataclasses.replace(PLATFORM, name="best"), "Missing")
     text = reason(make(platform="best"), registries)
     assert "platform 'best' of plugin 'fake' (dist-fake 1.0): not available here: no such device; plug one in" in text
-    assert text.endswith("leave out --platform to use what is available.")
+    assert text.endswith("plug one in. Repair that, or leave out --platform to use what is available.")
 
 
 def test_no_platform_is_available(make, registries):
@@ -558,6 +558,7 @@ def test_speculation(make, registries):
         ({"method": "guess"}, "num_speculative_tokens None; give a whole number of at least 1"),
         ({"method": "guess", "num_speculative_tokens": 0}, "num_speculative_tokens 0;"),
         ({"method": "guess", "num_speculative_tokens": True}, "num_speculative_tokens True;"),
+        ({"method": "guess", "num_speculative_tokens": 2049}, "at most --max-num-batched-tokens 2048 tokens;"),
         ({"method": "guess", "num_speculative_tokens": 1, "widht": 1}, "no option 'widht'. Did you mean 'width'?"),
         ({"method": "guess", "num_speculative_tokens": 1, "model": "m"}, "no option 'model'"),
     ],

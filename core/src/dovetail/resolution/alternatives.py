@@ -77,16 +77,17 @@ def _sections(
     if given is None:
         return
     for name in _alike(str(given.get("method")), registries.spec_decoders.names()):
-        yield {"method": name, **_understood(given, registries.spec_decoders.entries[name].manifest)}
+        manifest = registries.spec_decoders.entries[name].manifest
+        yield {"method": name, **_understood(given, manifest, options.max_num_batched_tokens)}
     yield None
 
 
-def _understood(given: Mapping[str, Any], manifest: SpecDecoderManifest) -> dict[str, Any]:
-    """What a speculator can read of a section."""
+def _understood(given: Mapping[str, Any], manifest: SpecDecoderManifest, most: int) -> dict[str, Any]:
+    """What a speculator can read of a section. Of drafts there are at most ``most``."""
     known = {*manifest.defaults, "num_speculative_tokens"} | ({"model"} if manifest.needs_draft_model else set())
     kept = {key: value for key, value in given.items() if key in known}
     drafts = kept.get("num_speculative_tokens")
-    if isinstance(drafts, bool) or not isinstance(drafts, int) or drafts < 1:
+    if isinstance(drafts, bool) or not isinstance(drafts, int) or not 1 <= drafts <= most:
         kept.pop("num_speculative_tokens", None)
         if "num_speculative_tokens" not in manifest.defaults:
             kept["num_speculative_tokens"] = 1

@@ -3,7 +3,8 @@
 Breadth first, so that the fewest changes win: from every set of options reached so far, each further option that has
 other values is changed, and the change is kept if it removes an obstacle. Among equally many changes, those win that
 leave alone what was asked for, and then those that matter least to what is computed. Every try is one decision of the
-resolver; their number is bounded, and a clock stops the search too, for plugins that are slow to fail.
+resolver; their number is bounded, and a clock stops the search too, for plugins that are slow to fail. Where so much is
+wrong that the bound comes first, everything is left at its default, and put back one by one as long as that works.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from dovetail.config import Change
@@ -72,6 +73,9 @@ class Search:
 
     def run(self) -> Found | None:
         """The nearest set of options that works, or None if there is none within the bounds."""
+        return self._broadly() or self._from_defaults()
+
+    def _broadly(self) -> Found | None:
         level: dict[Moves, Found] = {(): self._start}
         for _ in range(MAX_CHANGES):
             origins = self._extended(level)
@@ -86,6 +90,34 @@ class Search:
                     return reached
                 level[made] = reached
         return None
+
+    def _from_defaults(self) -> Found | None:
+        """What works without what was asked for, and then with as much of it as works too."""
+        wanted, given = self._start.options, asked(self._start.options)
+        if time.monotonic() > self._deadline:
+            return None
+        defaults: dict[str, Any] = {f.name: f.default for f in fields(wanted) if f.name in alternatives.OPTIONS}
+        try:
+            options = replace(wanted, **defaults)
+        except ConfigError:  # they make no sense beside other options
+            return None
+        outcome = self._decide(options)
+        if outcome.config is None:
+            return None
+        changes: list[Change] = []
+        for name in [name for name in alternatives.OPTIONS if name in given][::-1]:
+            again = replace(options, **{name: given[name]})
+            tried = self._decide(again)
+            if tried.config is not None:
+                options, outcome = again, tried
+                continue
+            back = Move(name, defaults[name], (1, 0))
+            changes.append(change(again, back, tried.reasons))
+        return Found(options, tuple(changes), outcome)
+
+    def _decide(self, options: EngineOptions) -> Outcome:
+        self.tried += 1
+        return self._case.decide(options)
 
     def _extended(self, level: Mapping[Moves, Found]) -> dict[Moves, list[tuple[Found, Move]]]:
         """Every set of moves that is one larger than those of the level, with the ways that lead there."""
@@ -107,8 +139,7 @@ class Search:
                     options = replace(origin.options, **{move.name: move.value})
                 except ConfigError:  # together with the others the value makes no sense
                     return None
-                outcome = self._case.decide(options)
-                self.tried += 1
+                outcome = self._decide(options)
             removed = tuple(reason for reason in origin.outcome.reasons if reason not in outcome.reasons)
             if removed:
                 return Found(options, (*origin.changes, change(origin.options, move, removed)), outcome)

@@ -36,7 +36,8 @@ def decide(options: EngineOptions, registries: Registries) -> Decision[PlatformM
             decision.obstacles.append("No platform is registered; reinstall dovetail-core, which brings one.")
         decision.refuse_rejected("platform")
         if not auto and decision.rejected:
-            decision.obstacles[-1] += " Repair that, or leave out --platform to use what is available."
+            what = decision.obstacles[-1].rstrip(".")
+            decision.obstacles[-1] = f"{what}. Repair that, or leave out --platform to use what is available."
     return decision
 
 

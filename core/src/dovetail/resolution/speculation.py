@@ -31,7 +31,7 @@ def decide(
             decision.take(entry, cls, "asked for with --speculative-config")
         section = {**entry.manifest.defaults, **{key: given[key] for key in given if key != "method"}}
         drafts = section.pop("num_speculative_tokens", None)
-        decision.obstacles += _speculation_gaps(entry.manifest, section, drafts)
+        decision.obstacles += _speculation_gaps(entry.manifest, section, drafts, options.max_num_batched_tokens)
         place = misplaced(entry.manifest.device_types, platform)
         if place:
             decision.obstacles.append(
@@ -44,11 +44,16 @@ def decide(
 
 
 def _speculation_gaps(
-    manifest: SpecDecoderManifest, section: Mapping[str, Any], drafts: Any
+    manifest: SpecDecoderManifest, section: Mapping[str, Any], drafts: Any, most: int
 ) -> Iterable[str]:
     option = "--speculative-config"
     if not isinstance(drafts, int) or isinstance(drafts, bool) or drafts < 1:
         yield f"{option} has num_speculative_tokens {drafts!r}; give a whole number of at least 1."
+    elif drafts > most:
+        yield (
+            f"{option} has num_speculative_tokens {drafts}, and a step computes at most --max-num-batched-tokens "
+            f"{most} tokens; give fewer. A few per step are what pays."
+        )
     known = [key for key in manifest.defaults if key != "num_speculative_tokens"]
     if manifest.needs_draft_model:
         known.append("model")
