@@ -70,7 +70,7 @@ def _option(platform: str, name: str, default: object) -> click.Option:
         default=None,
         expose_value=False,
         callback=_noting(platform, name),
-        help=f"{name} of platform {platform}, which this chooses.  [default: {shown}]",
+        help=f"Option {name!r} of platform {platform!r}; giving it chooses that platform.  [default: {shown}]",
     )
 
 

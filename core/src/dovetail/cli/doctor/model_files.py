@@ -44,7 +44,8 @@ def weights(subject: Subject) -> Iterator[Finding]:
 
     held = {file: TensorFile(file).tensors for file in weight_files(subject.folder)}
     tensors = [tensor for file in held.values() for tensor in file]
-    yield ok(f"{len(tensors)} tensors in {len(held)} files, {size(sum(t.nbytes for t in tensors))}")
+    files = "1 file" if len(held) == 1 else f"{len(held)} files"
+    yield ok(f"{len(tensors)} tensors in {files}, {size(sum(t.nbytes for t in tensors))}")
     index = subject.folder / INDEX
     if not index.exists():
         return
