@@ -68,9 +68,10 @@ def test_generate_without_a_prompt(plain, capsys, monkeypatch):
     assert "There is no prompt; give one with --prompt" in capsys.readouterr().err
 
 
-def test_generate_with_a_wrong_parameter(plain, capsys):
-    assert run(["generate", *plain, "-p", "x", "--top-p", "2"]) == 1
-    assert "error: top_p is 2.0; it must be in (0.0, 1.0]." in capsys.readouterr().err
+@pytest.mark.parametrize(("option", "value"), [("--top-p", "2.0"), ("--n", "0")])
+def test_generate_says_a_wrong_parameter_before_it_loads_anything(capsys, option, value):
+    assert run(["generate", "no/such/folder", "-p", "x", option, value]) == 2
+    assert f"error: {option} is {value}; it must be in " in capsys.readouterr().err
 
 
 def test_refusal_names_everything_that_has_to_change(plain, capsys):

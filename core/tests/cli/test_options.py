@@ -294,6 +294,13 @@ def test_wrong_options_of_a_platform(platforms, arguments, message):
     assert message in result.output
 
 
+@pytest.mark.parametrize("arguments", [("--model", "folder"), ("--model=folder", "--eager")])
+def test_the_model_is_an_argument(platforms, arguments):
+    result = given(*arguments)
+    assert result.exit_code == 2
+    assert "The model is no option, but an argument: " in result.output
+
+
 def test_options_of_another_platform_than_the_one_asked_for(platforms):
     error = given("--abacus-beads", "7", "--platform", "plain").exception
     assert isinstance(error, ConfigError)

@@ -49,6 +49,7 @@ def generate(
     """
     log.set_up(log_level)
     texts = _prompts(prompts, file)
+    sampling.check(values | {"n": n})
     from dovetail import LLM
 
     with LLM(**as_arguments(engine)) as llm:

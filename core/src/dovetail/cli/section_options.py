@@ -25,6 +25,8 @@ class EngineCommand(click.Command):
         """As its base, with the options of platforms."""
         known = {name for param in self.params for name in (*param.opts, *param.secondary_opts)}
         words = {word.partition("=")[0] for word in args if word.startswith("-")}
+        if "--model" in words - known:
+            raise click.UsageError(f"The model is no option, but an argument: {ctx.command_path} PATH_OR_HUB_ID", ctx)
         if words - known:
             ctx.meta[_OPTIONS] = [option for option in platform_options() if known.isdisjoint(option.opts)]
         return super().parse_args(ctx, args)
