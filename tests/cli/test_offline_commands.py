@@ -43,6 +43,13 @@ def test_generate_from_a_file_that_is_no_text(capsys, tmp_path):
     assert f"--file {file} cannot be read as text" in capsys.readouterr().err
 
 
+def test_generate_prints_no_prompt_that_is_too_long(plain, capsys):
+    assert run(["generate", *plain, "--prompt", "a fox and " * 200]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "error: This model's maximum context length is 256 tokens." in captured.err
+
+
 def test_generate_json_from_file_and_flags(plain, capsys, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("The old king\n\nA fox\n")

@@ -84,9 +84,10 @@ def _prompts(given: tuple[str, ...], file: Path | None) -> list[str]:
 
 
 def _stream(llm: LLM, prompt: str, params: SamplingParams) -> None:
+    outputs = llm.stream(prompt, params)  # refuses what cannot run, before anything is printed
     click.secho(prompt, bold=True, nl=False)
     printed = 0
-    for output in llm.stream(prompt, params):
+    for output in outputs:
         text = output.outputs[0].text
         click.echo(text[printed:], nl=False)
         printed = len(text)
