@@ -31,7 +31,8 @@ class Awq(FourBits):
             ConfigError: a field has a value that cannot be honoured; the message names both.
         """
         section = quantization_config or {}
-        names = {new: old if new not in section and old in section else new for new, old in SPELT.items()}
+        older = any(old in section for old in SPELT.values())
+        names = {new: old if older and new not in section else new for new, old in SPELT.items()}
         checked(section, names["bits"], (4,))
         self._group = group_size(section, names["group_size"])
         checked(section, "zero_point", (True,))
