@@ -3,11 +3,32 @@
 import io
 import json
 import logging
+import sys
 
 import pytest
 
 from dovetail import LLM, SamplingParams
 from dovetail.cli.main import run
+from dovetail.testing.fake_plugins import install
+
+ABSENT = """
+from dovetail import hookimpl
+from dovetail.contracts.platform import Probe
+from dovetail.plugins.manifest import PlatformManifest
+from dovetail.testing.platforms import ReferencePlatform
+
+class Absent(ReferencePlatform):
+    @classmethod
+    def probe(cls):
+        return Probe(available=False, reason="no abacus on the bus.")
+
+@hookimpl
+def dovetail_register_platforms(register):
+    manifest = PlatformManifest(
+        name="absent", summary="Not here.", device_type="cpu", dtypes=("float32",), attention=("reference",)
+    )
+    register(manifest, __name__ + ":Absent")
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +142,25 @@ def test_explain_refusal(plain, capsys, monkeypatch):
     assert "--max-model-len 4096 exceeds the 2048 positions" in shown
     assert "Nearest that works: --max-model-len 2048 " in shown
     assert "(changed: --max-model-len 4096 → 2048)" in shown
+
+
+def test_explain_says_each_reason_of_a_refusal_once(plain, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["explain", *plain, "--attention", "cpu", "--block-size", "20"]) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("has no 20-token blocks") == 1
+    assert "attention backend 'cpu' of plugin 'builtin'" in shown
+    assert "attention cpu was not taken" not in shown
+
+
+def test_explain_says_once_why_a_platform_is_not_here(capsys, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    module = install(tmp_path, "absent", ABSENT)
+    assert run(["explain", "--platform", "absent"]) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("no abacus on the bus") == 1
+    assert "platform 'absent' of plugin 'absent'" in shown
+    sys.modules.pop(module)
 
 
 def test_explain_fallback(plain, capsys, monkeypatch):

@@ -19,6 +19,7 @@ from dovetail.plugins.host import PluginHost
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dovetail.config import Rejected
     from dovetail.resolver import Explanation
 
 _SHOWN = (
@@ -72,11 +73,7 @@ def _print(explanation: Explanation) -> None:
             source = f"{part.plugin} ({part.chosen.distribution} {part.chosen.version})"
             table.add_row(part.part, Text(part.chosen.name, style="green"), source, Text(part.chosen.why))
     console.print(table)
-    for part in explanation.parts:
-        for candidate in part.rejected:
-            console.print(Text(f"{part.part} {candidate.name} was not taken:", style="dim"))
-            for reason in candidate.reasons:
-                console.print(Text(f"  - {reason}", style="dim"), soft_wrap=True)
+    _print_rejected(console, explanation)
     _print_refusal(console, explanation)
     if explanation.config is None:
         return
@@ -84,6 +81,25 @@ def _print(explanation: Explanation) -> None:
     for name in _SHOWN:
         settings.add_row(name, Text(str(getattr(explanation.config, name))))
     console.print(settings)
+
+
+def _print_rejected(console: Console, explanation: Explanation) -> None:
+    """Who was not taken and why, less what the refusal says anyway."""
+    from rich.text import Text
+
+    for part in explanation.parts:
+        for candidate in part.rejected:
+            reasons = [reason for reason in candidate.reasons if not _refuses(explanation, candidate, reason)]
+            if reasons:
+                console.print(Text(f"{part.part} {candidate.name} was not taken:", style="dim"))
+            for reason in reasons:
+                console.print(Text(f"  - {reason}", style="dim"), soft_wrap=True)
+
+
+def _refuses(explanation: Explanation, candidate: Rejected, reason: str) -> bool:
+    """Whether a candidate's reason is one of those for which the request is refused."""
+    who = f"{candidate.name!r} of plugin {candidate.plugin!r} "
+    return any(who in obstacle and reason.rstrip(".") in obstacle for obstacle in explanation.reasons)
 
 
 def _print_refusal(console: Console, explanation: Explanation) -> None:
