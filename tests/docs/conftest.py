@@ -138,23 +138,18 @@ class Served:
     process: subprocess.Popen[bytes]
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The server of the page on platforms, exactly as it says. Every page that needs a server uses this one."""
-    folder = tmp_path_factory.mktemp("served")
-    page = Page.read("docs/plugins/platform.md")
-    install(page, folder)
-    (arguments,) = page.dovetail("serve")
+@contextlib.contextmanager
+def serving(arguments: list[str], log: Path, **variables: str) -> Iterator[Served]:
+    """A server with these arguments, from when it is healthy; it has drained and ended when the block is left."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = folder / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "dovetail", *arguments, "--port", str(port)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **variables},
         )
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 90
@@ -169,6 +164,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     yield Served(url, log, process)
     process.terminate()
     assert process.wait(30) == 0, log.read_text()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The server of the page on platforms, exactly as it says. Every page that needs a server uses this one."""
+    folder = tmp_path_factory.mktemp("served")
+    page = Page.read("docs/plugins/platform.md")
+    install(page, folder)
+    (arguments,) = page.dovetail("serve")
+    with serving(arguments, folder / "log", PYTHONPATH=str(folder)) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[..., contextlib.AbstractContextManager[Served]]:
+    """:func:`serving`, for a page that shows what a server prints."""
+    return serving
 
 
 @pytest.fixture(scope="session")
