@@ -5,6 +5,10 @@ import shlex
 import httpx
 import torch
 
+from dovetail import checkpoint
+from dovetail.options import EngineOptions
+from dovetail.plugins.registry import Registries
+
 SMALL = ["--num-threads", "1", "--max-model-len", "256", "--max-num-seqs", "4", "--max-num-batched-tokens", "64"]
 
 
@@ -33,6 +37,15 @@ def test_offline(read_page, capsys):
 def test_demo_is_what_it_says(server):
     (card,) = httpx.get(f"{server.url}/v1/models").json()["data"]
     assert card["id"] == "fable-4m"
+
+
+def test_folders_are_served_by_a_name(read_page, tmp_path):
+    page = read_page("README.md")
+    (command,) = [words for words in page.dovetail("serve") if "path/to/checkpoint" in words]
+    name = command[command.index("--served-model-name") + 1]
+    assert f"as `{name}` here; without `--served-model-name`, by the path" in page.text
+    (tmp_path / "config.json").write_text("{}")
+    assert checkpoint.select(EngineOptions(model=str(tmp_path)), Registries()) == (tmp_path, str(tmp_path))
 
 
 def test_place_for_figures(read_page):
