@@ -23,16 +23,28 @@ MERGED, SINGLE = "layers.0.qkv_proj", "layers.0.o_proj"
 PARTS = ("q", "k", "v")
 
 
-class LinearProbe(Model):
-    """A "model" of one linear layer.
-
-    Its config holds ``in_features``, ``outputs`` (output features of one part, or of three to merge) and ``bias``.
-    """
+class Probe(Model):
+    """A "model" of one layer, which is loaded as those of a model are, and is called by itself."""
 
     @classmethod
     def facts(cls, hf_config: Mapping[str, Any]) -> ModelFacts:
         """There is no attention."""
         return ModelFacts(attention=[], vocab_size=1, max_positions=1, dtype=torch.float32)
+
+    def forward(self, token_ids_T: Tensor, positions_T: Tensor, attend: StepAttention) -> Tensor:
+        """Nothing calls it."""
+        raise AssertionError("a probe is no model")
+
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        """Nothing calls it."""
+        raise AssertionError("a probe is no model")
+
+
+class LinearProbe(Probe):
+    """One linear layer.
+
+    Its config holds ``in_features``, ``outputs`` (output features of one part, or of three to merge) and ``bias``.
+    """
 
     def __init__(self, hf_config: Mapping[str, Any], context: ModelContext) -> None:
         super().__init__(hf_config, context)
@@ -50,10 +62,6 @@ class LinearProbe(Model):
     def weight_table(self) -> WeightTable:
         """Three tensors of the checkpoint fill the merged layer."""
         return WeightTable(renames=[Rename(f"{part}_proj", "qkv_proj", part) for part in PARTS], ignore=("linear.",))
-
-    def forward(self, token_ids_T: Tensor, positions_T: Tensor, attend: StepAttention) -> Tensor:
-        """Nothing calls it."""
-        raise AssertionError("a probe is no model")
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """The layer itself."""

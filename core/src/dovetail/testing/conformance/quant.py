@@ -21,6 +21,7 @@ from dovetail.ops import reference
 from dovetail.testing.conformance import tiny
 from dovetail.testing.conformance.checkpoints import declared, write_checkpoint
 from dovetail.testing.conformance.dense import DenseModel
+from dovetail.testing.conformance.experts_probe import EXPERTS, load_experts
 from dovetail.testing.conformance.linear_probe import (
     MERGED,
     PARTS,
@@ -293,20 +294,14 @@ class QuantSuite(Suite):
 
     @needs("experts")
     def test_experts(self, section: Section, tmp_path: Path) -> None:
-        """quant.17: the stacked experts of a sparse model give the exact mixture up to the format's error, also where
-        some or all of them have no tokens.
+        """quant.17: the experts of a sparse model, loaded from a checkpoint, give the exact mixture up to the format's
+        error, also where some or all of them have no tokens.
         """
-        if section is not None:
-            self.lacks("experts in checkpoints")
-        weights = {"gate_up": _normal(3 * 64, 64), "down": _normal(3 * 64, 32, seed=1)}
-        experts = Experts(self._context(self._method(section)), "layers.0.experts", 3, 64, 32)
-        experts.gate_up.finalize({"weight": weights["gate_up"].clone()})
-        experts.down.finalize({"weight": weights["down"].clone()})
-        x = _normal(6, 64, seed=2)
+        experts, gate_up, down = self._mixture(section, tmp_path)
+        x = _normal(6, 64, seed=9)
         ids = torch.tensor([[0, 2], [2, 1], [0, 1], [2, 0], [0, 2], [1, 0]])
         mix = torch.linspace(0.2, 0.8, 12).view(6, 2)
-        stacked = [weights["gate_up"].double().view(3, 64, 64), weights["down"].double().view(3, 64, 32)]
-        expected = reference.moe_experts(x.double(), stacked[0], stacked[1], ids, mix.double())
+        expected = reference.moe_experts(x.double(), gate_up.double(), down.double(), ids, mix.double())
         for tokens in ([0, 1, 2, 3, 4, 5], [0, 3, 4], [2, 5], []):
             with torch.inference_mode():
                 got = experts(x[tokens], ids[tokens], mix[tokens])
@@ -377,6 +372,24 @@ class QuantSuite(Suite):
             tensors |= {f"{name}.bias": part for name, part in zip(names, parts, strict=True)}
         probe: LinearProbe = load_probe(folder, context, tensors, weights[0].shape[1], sizes)
         return torch.inference_mode()(probe.logits)
+
+    def _mixture(self, section: Section, folder: Path) -> tuple[Experts, Tensor, Tensor]:
+        """Three loaded experts and their exact weights ``[E, O, I]``, of 64 hidden and 32 inner features.
+
+        They differ in magnitude, but not in their share of the mixture, and the inputs of both products are ordinary.
+        """
+        method = self._method(section)
+        stored_as = section if method.applies_to(EXPERTS) else None
+        gates, ups = ([_normal(32, 64, seed=3 * e + i, scale=0.1 / 2**e) for e in range(3)] for i in range(2))
+        downs = [_normal(64, 32, seed=3 * e + 2, scale=4.0**e) for e in range(3)]
+        tensors = {
+            f"{EXPERTS}.{e}.{part}_proj.{suffix}": tensor
+            for part, weights in (("gate", gates), ("up", ups), ("down", downs))
+            for e, weight in enumerate(weights)
+            for suffix, tensor in self._stored(weight, stored_as).items()
+        }
+        experts = load_experts(folder, self._context(method), tensors, 3, (64, 32))
+        return experts, torch.cat([torch.stack(gates), torch.stack(ups)], dim=1), torch.stack(downs)
 
     def _tiny_checkpoint(self, section: Section, folder: Path) -> tuple[dict[str, Any], Path]:
         """The tiny model's config and checkpoint, with the layers that the format applies to stored in it."""
