@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
 
@@ -175,6 +177,15 @@ def test_broken_and_disabled_plugins(plugin, capsys, monkeypatch):
     monkeypatch.setenv("DOVETAIL_DISABLE_PLUGINS", "broken")
     assert run(["conformance", "broken"]) == 2
     assert "is switched off" in capsys.readouterr().err
+
+
+def test_a_plugin_that_is_too_heavy_for_commands(plugin, tmp_path):
+    plugin("heavy", "import torch\n" + PLAIN)
+    command = [sys.executable, "-m", "dovetail", "conformance", "heavy"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout
+    assert "cannot be tested: it is quarantined." in done.stderr
+    assert "its plugin module imports torch" in done.stderr
 
 
 def test_without_pytest(monkeypatch, capsys):

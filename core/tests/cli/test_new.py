@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -57,6 +58,8 @@ def test_what_it_writes_is_found_and_clean(kind, made, capsys):
     assert isinstance(target, click.Command) if kind == "command" else target.__name__.startswith("BlankPage")
     files = [file for file in folder.rglob("*") if file.is_file() and file.suffix != ".pyc"]
     assert not [file for file in files if "sketch" in (file.name + file.read_text()).lower()]
+    suites = (folder / "tests/test_conformance.py").read_text()
+    assert f'class TestPlugin(PluginSuite):\n    plugin = "{NAME}"\n' in suites
     capsys.readouterr()
     assert run(shlex.split(KINDS[kind].format(name=NAME))) == 0
     assert NAME in capsys.readouterr().out
@@ -65,11 +68,9 @@ def test_what_it_writes_is_found_and_clean(kind, made, capsys):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_its_own_tests_pass_at_once(kind, made):
-    folder = made(kind)
-    done = subprocess.run(
+def own_tests(folder):
+    """What becomes of the package's tests in a process of their own."""
+    return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:asyncio", "-p", "no:cacheprovider"],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1"},
@@ -77,8 +78,24 @@ def test_its_own_tests_pass_at_once(kind, made):
         text=True,
         check=False,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_own_tests_pass_at_once(kind, made):
+    done = own_tests(made(kind))
     assert done.returncode == 0, done.stdout
     assert "passed" in done.stdout
+
+
+def test_its_own_tests_notice_what_commands_refuse(made):
+    folder = made("command")
+    plugin = folder / "src/dovetail_blank_page/plugin.py"
+    plugin.write_text("import torch\n" + plugin.read_text())
+    done = own_tests(folder)
+    assert done.returncode == 1, done.stdout
+    assert re.search(r"plugin\.1: .* is quarantined\. .* imports torch", done.stdout), done.stdout
+    assert re.search(r"\b1 failed, [1-9]\d* passed", done.stdout), done.stdout
 
 
 def test_it_says_what_it_wrote_and_what_to_do(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,6 @@
 """The suites that every platform and every attention backend passes."""
 
-from dovetail.testing.conformance import AttentionSuite, OpsSuite, PlatformSuite, registered
+from dovetail.testing.conformance import AttentionSuite, OpsSuite, PlatformSuite, PluginSuite, registered
 
 
 class TestPlatform(PlatformSuite):
@@ -13,3 +13,7 @@ class TestOps(OpsSuite):
 
 class TestAttention(AttentionSuite):
     subject = registered("abacus")
+
+
+class TestPlugin(PluginSuite):
+    plugin = "abacus"

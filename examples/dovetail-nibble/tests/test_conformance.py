@@ -2,7 +2,7 @@
 
 from dovetail_nibble.packing import quantize
 
-from dovetail.testing.conformance import QuantSuite, registered
+from dovetail.testing.conformance import PluginSuite, QuantSuite, registered
 
 
 class TestNibble(QuantSuite):
@@ -13,3 +13,7 @@ class TestNibble(QuantSuite):
     def store(weight_OI, section):
         packed, scale = quantize(weight_OI, section["group_size"])
         return {"weight_packed": packed, "weight_scale": scale}
+
+
+class TestPlugin(PluginSuite):
+    plugin = "nibble"

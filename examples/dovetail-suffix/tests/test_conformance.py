@@ -1,7 +1,11 @@
 """The suite that every speculative decoder passes."""
 
-from dovetail.testing.conformance import SpecDecoderSuite, registered
+from dovetail.testing.conformance import PluginSuite, SpecDecoderSuite, registered
 
 
 class TestSuffix(SpecDecoderSuite):
     subject = registered("suffix")
+
+
+class TestPlugin(PluginSuite):
+    plugin = "suffix"

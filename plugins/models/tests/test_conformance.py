@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dovetail.testing.conformance import ModelSuite, registered
+from dovetail.testing.conformance import ModelSuite, PluginSuite, registered
 
 LAYERS = {"num_hidden_layers": 2}
 TIED_WITH_BIASES = {**LAYERS, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
@@ -54,3 +54,7 @@ class TestGemma2(ModelSuite):
 class TestGemma3(ModelSuite):
     subject = registered("gemma3")
     hf_config = ALTERNATING
+
+
+class TestPlugin(PluginSuite):
+    plugin = "models"

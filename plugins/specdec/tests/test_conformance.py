@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dovetail.testing.conformance import SpecDecoderSuite, registered
+from dovetail.testing.conformance import PluginSuite, SpecDecoderSuite, registered
 
 REJECTION = {"sampling": "rejection"}
 
@@ -18,3 +18,7 @@ class TestDraftModel(SpecDecoderSuite):
 class TestDraftModelWithProbabilities(SpecDecoderSuite):
     subject = registered("draft_model")
     options = REJECTION
+
+
+class TestPlugin(PluginSuite):
+    plugin = "specdec"

@@ -44,10 +44,10 @@ def conformance(plugin: str, kinds: tuple[str, ...], names: tuple[str, ...], for
         raise ConfigError("The conformance suites need pytest; pip install 'dovetail-core[testing]'.")
     if output is not None:
         _check_writable(output)
-    from dovetail.testing.conformance.plugin import check_plugin
-
     with redirect_stdout(sys.stderr), _progress() as on_result:  # what plugins print is no part of the report
-        discovery = PluginHost().discover(warn=False)
+        discovery = PluginHost().discover(warn=False)  # as in every command: before the suites bring torch
+        from dovetail.testing.conformance.plugin import check_plugin
+
         report = check_plugin(discovery, plugin, kinds=kinds, names=names, on_result=on_result)
     text = _rendered(report, form, width=None if output is None else 120)
     if output is None:

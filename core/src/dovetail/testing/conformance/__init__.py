@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dovetail.testing.conformance.attention import AttentionSuite
 from dovetail.testing.conformance.command import CommandSuite
+from dovetail.testing.conformance.discovery import PluginSuite
 from dovetail.testing.conformance.executor import ExecutorManifest, ExecutorSuite
 from dovetail.testing.conformance.model import ModelSuite
 from dovetail.testing.conformance.ops import OpsSuite
@@ -31,6 +32,7 @@ __all__ = [
     "ModelSuite",
     "OpsSuite",
     "PlatformSuite",
+    "PluginSuite",
     "QuantSuite",
     "Scenario",
     "SpecDecoderSuite",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dovetail.testing.conformance.attention import AttentionSuite
 from dovetail.testing.conformance.command import CommandSuite
+from dovetail.testing.conformance.discovery import PluginSuite
 from dovetail.testing.conformance.executor import ExecutorSuite
 from dovetail.testing.conformance.model import ModelSuite
 from dovetail.testing.conformance.ops import OpsSuite
@@ -22,5 +23,5 @@ SUITES: dict[str, tuple[type[Suite], ...]] = {
 }
 """By field of :class:`~dovetail.plugins.registry.Registries`."""
 
-ALL: tuple[type[Suite], ...] = (*(suite for suites in SUITES.values() for suite in suites), ExecutorSuite)
-"""Every suite, those of what no plugin registers included."""
+ALL: tuple[type[Suite], ...] = (*(suite for suites in SUITES.values() for suite in suites), PluginSuite, ExecutorSuite)
+"""Every suite, those of what no plugin registers included, and of plugins themselves."""

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from dovetail.testing.conformance import ModelSuite, registered
+from dovetail.testing.conformance import ModelSuite, PluginSuite, registered
 
 
 class TestModel(ModelSuite):
@@ -21,3 +21,7 @@ class TestModel(ModelSuite):
         "rope_theta": 10000.0,
         "dtype": "float32",
     }
+
+
+class TestPlugin(PluginSuite):
+    plugin = "sketch"

@@ -1,6 +1,6 @@
 """What every platform and every table of operations does."""
 
-from dovetail.testing.conformance import OpsSuite, PlatformSuite, registered
+from dovetail.testing.conformance import OpsSuite, PlatformSuite, PluginSuite, registered
 
 
 class TestPlatform(PlatformSuite):
@@ -9,3 +9,7 @@ class TestPlatform(PlatformSuite):
 
 class TestOps(OpsSuite):
     subject = registered("sketch")
+
+
+class TestPlugin(PluginSuite):
+    plugin = "sketch"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dovetail.testing.conformance import QuantSuite, registered
+from dovetail.testing.conformance import PluginSuite, QuantSuite, registered
 
 
 class TestMethod(QuantSuite):
@@ -17,3 +17,7 @@ class TestMethod(QuantSuite):
     def store(weight_OI: Tensor, section: Mapping[str, Any]) -> Mapping[str, Tensor]:
         scale_O1 = weight_OI.abs().amax(1, keepdim=True) / 127
         return {"weight": (weight_OI / scale_O1).round().to(torch.int8), "weight_scale": scale_O1}
+
+
+class TestPlugin(PluginSuite):
+    plugin = "sketch"

@@ -1,7 +1,11 @@
 """What every speculative decoder does."""
 
-from dovetail.testing.conformance import SpecDecoderSuite, registered
+from dovetail.testing.conformance import PluginSuite, SpecDecoderSuite, registered
 
 
 class TestDecoder(SpecDecoderSuite):
     subject = registered("sketch")
+
+
+class TestPlugin(PluginSuite):
+    plugin = "sketch"
