@@ -11,6 +11,7 @@ from dovetail.testing.conformance import (
     ExecutorSuite,
     OpsSuite,
     PlatformSuite,
+    PluginSuite,
     registered,
     unregistered,
 )
@@ -64,3 +65,7 @@ class TestExecutor(ExecutorSuite):
             attention=registered("triton").find("attention").selection,
             platform_options=dict(platform.manifest.defaults),
         )
+
+
+class TestPlugin(PluginSuite):
+    plugin = "cuda"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dovetail.testing.conformance import QuantSuite, registered
+from dovetail.testing.conformance import PluginSuite, QuantSuite, registered
 
 PER_TENSOR = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
@@ -146,3 +146,7 @@ def words(values: Tensor, order: Sequence[int] = range(8)) -> Tensor:
     """Eight columns become one of int32; the first of ``order`` lies in the lowest bits."""
     eights = values.unflatten(1, (-1, 8))[:, :, list(order)]
     return (eights << 4 * torch.arange(8)).sum(2).to(torch.uint32).view(torch.int32)
+
+
+class TestPlugin(PluginSuite):
+    plugin = "quant"

@@ -11,6 +11,7 @@ from dovetail.testing.conformance import (
     ExecutorManifest,
     ExecutorSuite,
     PlatformSuite,
+    PluginSuite,
     registered,
     unregistered,
 )
@@ -80,3 +81,7 @@ class TestExecutor(ExecutorSuite):
             attention=registered("tpu-gather").find("attention").selection,
             platform_options=dict(platform.manifest.defaults),
         )
+
+
+class TestPlugin(PluginSuite):
+    plugin = "tpu"
