@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from dovetail_cuda.kernels.counters import counters
 from dovetail_cuda.kernels.expert_order import Order
+from dovetail_cuda.kernels.expert_stream import tile_at
 from dovetail_cuda.kernels.group_support import COLUMNS, DEPTH, ROWS
 from dovetail_cuda.kernels.many_rows import described
 from dovetail_cuda.kernels.narrow import multiprocessors
@@ -131,12 +132,12 @@ def _fetch(
     turn = 0
     work, next_work = gl.program_id(0), gl.program_id(0) + gl.num_programs(0)
     work_after = next_work + gl.num_programs(0)
-    expert, begin, end = _tile(tiles_ptr, slots, work // BLOCKS)
-    next_expert, next_begin, next_end = _tile(tiles_ptr, slots, next_work // BLOCKS)
+    expert, begin, end = tile_at(tiles_ptr, slots, work // BLOCKS)
+    next_expert, next_begin, next_end = tile_at(tiles_ptr, slots, next_work // BLOCKS)
     first, second, third = _choices(choices_ptr, begin, end)
     while begin < end:
         taken = AHEAD * gl.num_programs(0) + gl.atomic_add(taken_ptr, 1, sem="relaxed")
-        expert_after, begin_after, end_after = _tile(tiles_ptr, slots, work_after // BLOCKS)
+        expert_after, begin_after, end_after = tile_at(tiles_ptr, slots, work_after // BLOCKS)
         next_first, next_second, next_third = _choices(choices_ptr, next_begin, next_end)
         size = gl.where(end - begin > 3 * PART, 2 * PART, end - begin)
         column = work % BLOCKS * OUTPUTS
@@ -168,15 +169,6 @@ def _leave(taken_ptr: gl.tensor) -> None:
     if gl.atomic_add(taken_ptr + 1, 1) == gl.num_programs(0) - 1:
         gl.store(taken_ptr, 0)
         gl.store(taken_ptr + 1, 0)
-
-
-@gluon.jit
-def _tile(tiles_ptr: gl.tensor, slots: gl.tensor, slot: gl.tensor) -> tuple[gl.tensor, gl.tensor, gl.tensor]:
-    """Expert, first row, and end of the expert's rows; no rows where there is no such tile."""
-    exists = slot < slots
-    expert = gl.load(tiles_ptr + slot, mask=exists, other=0)
-    begin = gl.load(tiles_ptr + slots + slot, mask=exists, other=0)
-    return expert, begin, gl.load(tiles_ptr + 2 * slots + slot, mask=exists, other=0)
 
 
 @gluon.jit

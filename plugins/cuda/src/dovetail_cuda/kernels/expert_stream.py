@@ -113,7 +113,7 @@ def _inner_kernel(
         _ask_weights(inputs, weights, w, full, i, guess, guess_second, i, GUESSES)
     wait(OVERLAP)
     release(OVERLAP)  # not earlier: the next kernel relies on it to know the tiles
-    expert, begin, end = _tile(tiles_ptr, slots, tile // columns)
+    expert, begin, end = tile_at(tiles_ptr, slots, tile // columns)
     first, second = _halves(expert, tile % columns, outputs, True)
     asked = 0
     if GUESSES:
@@ -130,7 +130,7 @@ def _inner_kernel(
             _ask_inputs(inputs, x, full, i, begin, i, begin < end)
     while begin < end:
         next_tile = tile + gl.num_programs(0)
-        next_expert, next_begin, next_end = _tile(tiles_ptr, slots, next_tile // columns)
+        next_expert, next_begin, next_end = tile_at(tiles_ptr, slots, next_tile // columns)
         next_first, next_second = _halves(next_expert, next_tile % columns, outputs, True)
         gate, up, asked = _products(
             inputs, weights, x, w, full, asked, steps, begin, first, second,
@@ -164,7 +164,7 @@ def _outer_kernel(
     SUMS: gl.constexpr = _sums(inputs)
     row = gl.arange(0, inputs.block_type.shape[0], layout=gl.SliceLayout(0, SUMS))
     tile = gl.program_id(0)
-    expert, begin, end = _tile(tiles_ptr, slots, tile // columns)
+    expert, begin, end = tile_at(tiles_ptr, slots, tile // columns)
     first, second = _halves(expert, tile % columns, outputs, False)
     for i in gl.static_range(STAGES):
         _ask_weights(inputs, weights, w, full, i, first, second, i, begin < end)
@@ -174,7 +174,7 @@ def _outer_kernel(
     asked = 0
     while begin < end:
         next_tile = tile + gl.num_programs(0)
-        next_expert, next_begin, next_end = _tile(tiles_ptr, slots, next_tile // columns)
+        next_expert, next_begin, next_end = tile_at(tiles_ptr, slots, next_tile // columns)
         next_first, next_second = _halves(next_expert, next_tile % columns, outputs, False)
         # early: nothing else would cover the time that these loads take
         choice = gl.load(choices_ptr + begin + row, mask=begin + row < end, other=0)
@@ -254,7 +254,7 @@ def _products(
 
 
 @gluon.jit
-def _tile(tiles_ptr: gl.tensor, slots: gl.tensor, slot: gl.tensor) -> tuple[gl.tensor, gl.tensor, gl.tensor]:
+def tile_at(tiles_ptr: gl.tensor, slots: gl.tensor, slot: gl.tensor) -> tuple[gl.tensor, gl.tensor, gl.tensor]:
     """Expert, first row, and end of its rows; no rows where there is no such tile."""
     exists = slot < slots  # past the cache that a kernel before may have filled
     expert = gl.load(tiles_ptr + slot, mask=exists, other=0, cache_modifier=".cg")

@@ -13,6 +13,10 @@ from dovetail_cuda.kernels.prompt_support import has_engine
 
 STEP = 128
 """Inputs that are multiplied together."""
+CUTS = {8: (16, 3), 20: (32, 2), 32: (64, 2)}
+"""Up to so many rows per expert, at an average, tiles of so many rows, and stages. Few experts need a second tile."""
+FEWEST = max(stages for _, stages in CUTS.values())
+"""Steps of a tile."""
 PROGRAMS = 2
 """That a multiprocessor has room for."""
 LIKELY = 2
@@ -35,12 +39,6 @@ class Stream(NamedTuple):
     stages: int
     programs: int
     guesses: bool
-
-
-CUTS = {8: (16, 3), 20: (32, 2), 32: (64, 2)}
-"""Up to so many rows per expert, at an average, tiles of so many rows, and stages. Few experts need a second tile."""
-FEWEST = 3
-"""Steps of a tile."""
 
 
 def stream(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, expert_ids_TA: Tensor) -> Stream | None:
